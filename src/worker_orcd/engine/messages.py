@@ -1,0 +1,78 @@
+"""What crosses the seam between the server and the engine. Plain data: it could cross a process boundary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker_orcd.sequence import FinishReason, SampledToken, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Compute this prompt. `id` is the client's and must not be in use."""
+
+    id: int
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    sampling: SamplingParams
+    min_tokens: int = 0
+    priority: int = 0  # lower runs first
+    deadline: float | None = None  # time.monotonic() seconds
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Forget this sequence and free its blocks. Unknown or finished ids are ignored: cancelling is idempotent."""
+
+    id: int
+
+
+Command = Submit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """News of one sequence. Exactly one output of a sequence has a `finish_reason`; it is the last.
+
+    A cancelled sequence gets its last output too (CANCELLED), a sequence whose deadline passed gets DEADLINE
+    with no tokens, and one lost to a fault gets ERROR with `error_code` and `error` set.
+    """
+
+    id: int
+    tokens: tuple[SampledToken, ...] = ()
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error_code: str | None = None  # a `WorkerError.code`
+    error: str | None = None  # for the caller: no paths, addresses or tracebacks
+    queue_seconds: float = 0.0  # from Submit to the first step that computed the sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What one step did, for metrics. Counters are of this step, gauges are as it ended."""
+
+    seconds: float
+    num_rows: int
+    num_tokens: int
+    num_prompt_tokens: int  # of num_tokens, those before a sequence's first output
+    num_sampled: int
+    num_preempted: int
+    prefix_query_tokens: int  # prompt tokens looked up in the prefix cache by sequences admitted in this step
+    prefix_hit_tokens: int
+    num_running: int
+    num_waiting: int
+    kv_blocks_free: int
+    kv_blocks_total: int
+
+
+class StepObserver(Protocol):
+    """Told of every step, on the engine thread. Must not block or raise."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+
+class NullObserver:
+    def on_step(self, stats: StepStats) -> None: ...

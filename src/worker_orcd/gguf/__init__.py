@@ -1,0 +1,1 @@
+"""GGUF files: metadata and raw tensors, bounded and typed. No torch."""

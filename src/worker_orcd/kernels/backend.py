@@ -1,0 +1,211 @@
+"""
+What a device must be able to do: load weights, hold a KV cache, and some fifteen operations.
+
+The decoder is written once against this protocol, as a function from a batch to logits. `compile` turns that
+function into something that can be run a step at a time: the reference backend runs it as it stands (torch,
+eager), the native CPU backend traces it once into a flat list of operations, a CUDA backend captures graphs.
+So tensors are opaque to the decoder: it may pass them on, and nothing else.
+
+Arithmetic contract, for every backend: what is computed for a token depends only on the weights and on that
+token's prefix, bit for bit. Neighbours in the batch, chunking and the place in the batch do not enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worker_orcd.quant import WeightFormat
+
+Tensor = Any  # a backend's own value; see the module docstring
+Weight = Any  # a backend's own packed matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix as the file stores it, before a backend has packed it.
+
+    `data` is (n, row_bytes) uint8, possibly a view of the mapped file: a backend must not write to it, and
+    must not keep it once it has packed the bytes.
+    """
+
+    name: str  # of the GGUF tensor, for messages
+    format: WeightFormat
+    n: int  # outputs (rows)
+    k: int  # inputs (columns)
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionParams:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # multiplies q·k
+    window: int | None = None  # a query at p sees keys at p-window+1 … p; None: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeParams:
+    """Rotary embedding of the half-split (NEOX) kind: dimension i pairs with i + rotary_dim // 2.
+
+    GGUF's interleaved llama rows are permuted at load, so kernels know one layout.
+    """
+
+    rotary_dim: int
+    inv_freq: tuple[float, ...]  # (rotary_dim // 2,) radians per position, scaling factors folded in
+    attention_factor: float = 1.0  # multiplies cos and sin
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInputs:
+    """The inputs of a step: fixed buffers whose first entries are valid (see `Counts`).
+
+    A backend's `allocate_inputs` makes them; `runner.batch` fills them; the forward function receives them.
+    """
+
+    token_ids: Tensor  # (max_tokens,) int32
+    positions: Tensor  # (max_tokens,) int32, absolute
+    slots: Tensor  # (max_tokens,) int32: block_id * block_size + offset, where the token's K and V go
+    query_start: Tensor  # (max_rows + 1,) int32: row r owns tokens query_start[r] … query_start[r + 1] - 1
+    context_lens: Tensor  # (max_rows,) int32: tokens in the cache after this step
+    block_tables: Tensor  # (max_rows, max_blocks_per_row) int32
+    logit_tokens: Tensor  # (max_rows,) int32: the tokens whose logits are wanted, as indices into the step
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How much of the fixed buffers a step uses."""
+
+    num_tokens: int
+    num_rows: int
+    num_logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The sizes of the fixed buffers."""
+
+    max_tokens: int
+    max_rows: int
+    max_blocks_per_row: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's KV blocks. Block 0 is the null block.
+
+    Which of the two axes of a block comes first is the backend's business: only its `store_kv` and
+    `attention` look inside. `tensor` is what `allocate_cache` returned.
+    """
+
+    tensor: Tensor
+
+
+class Forward(Protocol):
+    def __call__(self, inputs: BatchInputs) -> Tensor:
+        """(num_logits, vocab_size) float32."""
+        ...
+
+
+class CompiledForward(Protocol):
+    def __call__(self, counts: Counts) -> torch.Tensor:
+        """Run one step on what the input buffers hold. (num_logits, vocab_size) float32, valid until the next call."""
+        ...
+
+
+class Backend(Protocol):
+    """One device. Built once by `select_backend`, passed down, owned by the runner's thread."""
+
+    name: str  # "cpu", "cpu-reference", "cuda"
+    description: str  # for people: "AVX512-VNNI, 2 threads, int8 activations"
+
+    # -- memory ------------------------------------------------------------------------------------------
+
+    def matrix(self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()) -> Weight:
+        """Pack matrices with equal k for `linear`; outputs are concatenated in order. Formats may differ.
+
+        `bias` is empty or has one entry a part, (n,) float32 or None.
+        """
+        ...
+
+    def embedding(self, table: Matrix) -> Weight:
+        """Pack a table for `embed`. The result also serves `linear` (tied embeddings)."""
+        ...
+
+    def vector(self, values: NDArray[np.float32]) -> Tensor:
+        """(n,) float32: norm gains."""
+        ...
+
+    def allocate_inputs(self, limits: Limits) -> BatchInputs:
+        """Zeroed torch CPU tensors for `runner.batch` to fill (a GPU backend stages them itself)."""
+        ...
+
+    def allocate_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+        """One layer's cache, zeroed. Raises InsufficientMemory."""
+        ...
+
+    def cache_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes of one block of one layer, for `plan`."""
+        ...
+
+    # -- operations: (tokens, width) float32 in, fresh (tokens, width) float32 out ------------------------
+
+    def embed(self, token_ids: Tensor, table: Weight) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor: ...
+
+    def split(self, x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+        """Views of consecutive columns."""
+        ...
+
+    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        """Normalise each run of len(gain) columns: the whole row, or each head of it."""
+        ...
+
+    def rope(self, x: Tensor, positions: Tensor, params: RopeParams, head_dim: int) -> Tensor:
+        """Rotate the first `rotary_dim` of each head."""
+        ...
+
+    def store_kv(self, k: Tensor, v: Tensor, cache: LayerCache, inputs: BatchInputs) -> None:
+        """Write each token's K and V to its slot. Must precede `attention` on the same cache."""
+        ...
+
+    def attention(
+        self, q: Tensor, cache: LayerCache, inputs: BatchInputs, params: AttentionParams
+    ) -> Tensor:
+        """Causal attention of each token over its row's cache. (tokens, num_heads * head_dim)."""
+        ...
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        ...
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def scale(self, x: Tensor, factor: float) -> Tensor: ...
+
+    def take(self, x: Tensor, indices: Tensor) -> Tensor:
+        """Rows `inputs.logit_tokens` of x: (num_logits, width)."""
+        ...
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def compile(self, forward: Forward, inputs: BatchInputs, limits: Limits) -> CompiledForward:
+        """Make a step of `forward`. Called once, after weights and cache exist."""
+        ...
+
+    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
+        """An upper bound of what `compile` will allocate, for `plan`. `widest`: the widest activation."""
+        ...
+
+    def close(self) -> None: ...
+
+
+BackendFactory = Callable[[], Backend]

@@ -1,0 +1,1 @@
+"""The CPU: a reference in torch (the oracle), and native quantised kernels in C."""

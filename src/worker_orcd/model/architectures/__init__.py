@@ -1,0 +1,1 @@
+"""GGUF metadata to ModelConfig, one file an architecture."""

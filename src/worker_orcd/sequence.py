@@ -1,0 +1,112 @@
+"""The vocabulary that the engine and the runner share. Standard library only."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn from the logits.
+
+    Applied in this order: repetition, presence and frequency penalties; logit bias; temperature; top-k;
+    top-p; min-p; draw. `temperature` 0 is the argmax of the penalised logits, lowest id on ties.
+    The draw at a position uses Philox(seed, position), so it depends on nothing but the request.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in HF and vLLM
+    presence_penalty: float = 0.0  # over the output only, as OpenAI defines it
+    frequency_penalty: float = 0.0  # over the output only
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0  # uint64
+    logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n most likely
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # a token of `stop_token_ids` was sampled; it is the last of the output
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One token sequence being computed. Owned by the scheduler; the runner only reads it."""
+
+    id: int
+    token_ids: list[int]  # prompt, then output
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    sampling: SamplingParams
+    min_tokens: int = 0  # stop tokens cannot be sampled before this many outputs
+    priority: int = 0  # lower runs first
+    deadline: float | None = None  # time.monotonic() seconds
+    cache_salt: bytes = b""  # prefix-cache blocks are shared only between equal salts
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0  # tokens whose K and V are in the cache
+    num_cached_tokens: int = 0  # of those, found in the prefix cache when first admitted
+    num_preemptions: int = 0
+    block_ids: list[int] = field(default_factory=list[int])
+    block_hashes: list[bytes] = field(default_factory=list[bytes])
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's share of a step: compute `num_tokens` tokens from `num_computed_tokens` on."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this row reaches the end of what is known, so that its last logits give a new token."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass computes. Prefill, a chunk of it and decode differ only in numbers."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: float | None = None  # of the raw distribution: before penalties, bias and temperature
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first, raw
+
+
+class PendingStep(Protocol):
+    def wait(self) -> list[SampledToken | None]:
+        """One entry a row, None for rows that do not sample. Raises EngineError."""
+        ...
+
+
+class Runner(Protocol):
+    """The device side as the engine sees it. Implemented by runner.ModelRunner and by test fakes."""
+
+    def launch(self, step: Step) -> PendingStep: ...
