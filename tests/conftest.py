@@ -1,0 +1,46 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Two cores are enough for everybody only if nobody takes both; set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may depend on a hub being there
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, from the user's cache (`make test` puts it there before pytest starts)."""
+    from worker_orcd import hub
+
+    return hub.resolve("demo")
+
+
+@pytest.fixture(scope="session")
+def data_directory() -> Path:
+    """`tests/data`."""
+    return DATA
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Settings of whoever runs the tests do not reach the code under test."""
+    for name in [name for name in os.environ if name.startswith("WORKER_ORCD_")]:
+        monkeypatch.delenv(name)
+    yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use the real model say so, whether or not their author remembered the marker."""
+    for item in items:
+        if "demo_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.model)
