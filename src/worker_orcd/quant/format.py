@@ -17,7 +17,8 @@ class WeightFormat:
     ggml_type: int  # the id in the tensor table
     block_size: int  # weights in a block
     type_size: int  # bytes in a block
-    # (num_blocks, type_size) uint8 -> (num_blocks, block_size) float32; the reference for every device
+    # (num_blocks, type_size) uint8 -> (num_blocks, block_size) float32; the reference for every device.
+    # Finite scales give no NaN. Infinite and NaN scales propagate by IEEE rules, without a warning.
     dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
     def row_bytes(self, num_weights: int) -> int:

@@ -1,0 +1,16 @@
+"""BF16: the upper half of a float32."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.quant.format import WeightFormat
+
+
+def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    upper = np.ascontiguousarray(blocks).view("<u2").astype(np.uint32)  # (n, 1)
+    return (upper << np.uint32(16)).view(np.float32)
+
+
+BF16 = WeightFormat(name="BF16", ggml_type=30, block_size=1, type_size=2, dequantize=dequantize)

@@ -1,0 +1,16 @@
+"""F16: IEEE half precision."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.quant.fields import halves
+from worker_orcd.quant.format import WeightFormat
+
+
+def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return halves(blocks, 0)
+
+
+F16 = WeightFormat(name="F16", ggml_type=1, block_size=1, type_size=2, dequantize=dequantize)

@@ -1,0 +1,15 @@
+"""F32: plain float32."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.quant.format import WeightFormat
+
+
+def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(blocks).view("<f4")
+
+
+F32 = WeightFormat(name="F32", ggml_type=0, block_size=1, type_size=4, dequantize=dequantize)

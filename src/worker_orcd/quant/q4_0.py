@@ -1,0 +1,19 @@
+"""Q4_0: 32 weights of 4 bits, offset 8, and a float16 scale."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.quant.fields import halves, planes
+from worker_orcd.quant.format import WeightFormat
+
+
+@np.errstate(invalid="ignore")
+def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scale = halves(blocks, 0)  # (n, 1)
+    q = planes(blocks[:, 2:], 4).view(np.int8) - np.int8(8)  # (n, 32), -8 to 7
+    return scale * q.astype(np.float32)
+
+
+Q4_0 = WeightFormat(name="Q4_0", ggml_type=2, block_size=32, type_size=18, dequantize=dequantize)

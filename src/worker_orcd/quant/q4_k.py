@@ -1,0 +1,21 @@
+"""Q4_K: 256 weights of 4 bits in eight sub-blocks, each with a 6-bit scale and a 6-bit minimum."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.quant.fields import halves, k_scales_and_mins, planes
+from worker_orcd.quant.format import WeightFormat
+
+
+@np.errstate(invalid="ignore")
+def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scales, mins = k_scales_and_mins(blocks[:, 4:16])
+    scale = (halves(blocks, 0) * scales).reshape(-1, 8, 1)  # (n, 8, 1)
+    minimum = (halves(blocks, 2) * mins).reshape(-1, 8, 1)  # (n, 8, 1)
+    q = planes(blocks[:, 16:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32).astype(np.float32)  # 0 to 15
+    return np.subtract(scale * q, minimum).reshape(-1, 256)
+
+
+Q4_K = WeightFormat(name="Q4_K", ggml_type=12, block_size=256, type_size=144, dequantize=dequantize)

@@ -1,0 +1,23 @@
+"""Q5_K: 256 weights of 5 bits in eight sub-blocks, each with a 6-bit scale and a 6-bit minimum."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.quant.fields import halves, k_scales_and_mins, planes
+from worker_orcd.quant.format import WeightFormat
+
+
+@np.errstate(invalid="ignore")
+def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scales, mins = k_scales_and_mins(blocks[:, 4:16])
+    scale = (halves(blocks, 0) * scales).reshape(-1, 8, 1)  # (n, 8, 1)
+    minimum = (halves(blocks, 2) * mins).reshape(-1, 8, 1)  # (n, 8, 1)
+    high = planes(blocks[:, 16:48], 1).reshape(-1, 8, 32)
+    low = planes(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
+    q = (low | high << 4).astype(np.float32)  # (n, 8, 32), 0 to 31
+    return np.subtract(scale * q, minimum).reshape(-1, 256)
+
+
+Q5_K = WeightFormat(name="Q5_K", ggml_type=13, block_size=256, type_size=176, dequantize=dequantize)
