@@ -1,1 +1,36 @@
-"""GGUF metadata to ModelConfig, one file an architecture."""
+"""GGUF metadata to ModelConfig, one file an architecture. A new one: a file here, a line in `_ADAPTERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from worker_orcd.errors import UnsupportedArchitecture
+from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.model.architectures import llama, qwen2, qwen3
+from worker_orcd.model.config import ModelConfig
+from worker_orcd.model.tensors import check_tensors
+
+_ADAPTERS: dict[str, Callable[[GGUFFile], ModelConfig]] = {
+    "llama": llama.configure,
+    "qwen2": qwen2.configure,
+    "qwen3": qwen3.configure,
+}
+
+SUPPORTED: tuple[str, ...] = tuple(_ADAPTERS)
+
+
+def configure(file: GGUFFile) -> ModelConfig:
+    """What the file says about its network, with every tensor's presence, shape and format checked.
+
+    Reads metadata and the tensor table, no weights. Raises UnsupportedArchitecture, UnsupportedFormat or
+    InvalidModelFile.
+    """
+    architecture = file.metadata.string("general.architecture")
+    adapter = _ADAPTERS.get(architecture)
+    if adapter is None:
+        raise UnsupportedArchitecture(
+            f"general.architecture is {architecture!r}; supported: {', '.join(SUPPORTED)}"
+        )
+    config = adapter(file)
+    check_tensors(file, config)
+    return config

@@ -1,0 +1,24 @@
+"""
+The Llama family: Llama 1 to 3, SmolLM2, Mistral.
+
+GGUF stores the rows of q and k interleaved for these (see `weights.deinterleave`), and Llama 3's RoPE scaling
+as a tensor of factors. Some members have biases on q, k and v.
+"""
+
+from __future__ import annotations
+
+from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.model.architectures.hyperparameters import read_hyperparameters
+from worker_orcd.model.config import LayerConfig, ModelConfig
+
+
+def configure(file: GGUFFile) -> ModelConfig:
+    h = read_hyperparameters(file)
+    layer = LayerConfig(
+        attention=h.attention(),
+        rope=h.rope,
+        ffn_dim=h.ffn_dim,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        permuted_qk=True,
+    )
+    return h.model((layer,) * h.num_layers)

@@ -1,0 +1,177 @@
+"""
+Loads the tensors of a decoder through a backend, in the layout that `decoder.Decoder` computes with.
+
+Matrices with the same input are one fused weight (q, k and v; gate and up), whatever their formats. The rows
+of llama's interleaved q and k are reordered as bytes, so that kernels know only half-split RoPE; a row is
+never decoded here. Vectors (gains, biases) become float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.kernels.backend import Backend, Matrix, Tensor, Weight
+from worker_orcd.model.config import LayerConfig, ModelConfig
+from worker_orcd.model.tensors import (
+    EMBEDDING,
+    OUTPUT,
+    OUTPUT_NORM,
+    check_tensor,
+    check_tensors,
+    format_of,
+    read_vector,
+)
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+Progress = Callable[[float], None]  # the fraction of tensor bytes loaded, 0 … 1, never falling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    attention_norm: Tensor
+    qkv: Weight  # outputs: q, k, v
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attention_output: Weight
+    ffn_norm: Tensor
+    gate_up: Weight  # outputs: gate, up
+    down: Weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """All a decoder multiplies by, packed by the backend that will compute."""
+
+    embedding: Weight
+    layers: tuple[LayerWeights, ...]
+    output_norm: Tensor
+    output: Weight  # the embedding itself where the file ties them
+
+
+def load_weights(
+    file: GGUFFile, config: ModelConfig, backend: Backend, on_progress: Progress = lambda _fraction: None
+) -> Weights:
+    """Pack every tensor of the file. The file may be closed afterwards.
+
+    Raises InvalidModelFile, UnsupportedFormat or InsufficientMemory.
+    """
+    check_tensors(file, config)
+    return _Loader(file, config, backend, on_progress).load()
+
+
+def deinterleave(rows: NDArray[Scalar], num_heads: int, rotary_dim: int) -> NDArray[Scalar]:
+    """Rows of q or k from interleaved rotary pairs (2i, 2i + 1) to half-split (i, i + rotary_dim / 2).
+
+    (num_heads * head_dim, …) → the same shape, a copy. Rows beyond `rotary_dim` of each head stay in place.
+    """
+    heads = rows.reshape(num_heads, -1, *rows.shape[1:])  # (num_heads, head_dim, …)
+    rotary = heads[:, :rotary_dim]
+    return np.concatenate((rotary[:, 0::2], rotary[:, 1::2], heads[:, rotary_dim:]), axis=1).reshape(
+        rows.shape
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One tensor of a fused weight: its outputs, and how its rows are stored."""
+
+    name: str  # without ".weight"
+    n: int
+    bias: bool = False
+    interleaved_heads: int = 0  # 0: rows are as kernels want them
+    rotary_dim: int = 0
+
+
+class _Loader:
+    def __init__(self, file: GGUFFile, config: ModelConfig, backend: Backend, on_progress: Progress) -> None:
+        self._file = file
+        self._config = config
+        self._backend = backend
+        self._on_progress = on_progress
+        self._total_bytes = max(1, sum(info.nbytes for info in file.tensors.values()))
+        self._loaded_bytes = 0
+
+    def load(self) -> Weights:
+        config, backend = self._config, self._backend
+        self._on_progress(0.0)
+        embedding = backend.embedding(self._matrix(EMBEDDING, config.vocab_size, config.dim))
+        self._loaded(EMBEDDING)
+        layers = tuple(self._layer(f"blk.{index}", layer) for index, layer in enumerate(config.layers))
+        output = embedding
+        if not config.tied_embeddings:
+            output = backend.matrix([self._matrix(OUTPUT, config.vocab_size, config.dim)])
+            self._loaded(OUTPUT)
+        output_norm = self._gain(OUTPUT_NORM, config.dim)
+        self._on_progress(1.0)
+        return Weights(embedding=embedding, layers=layers, output_norm=output_norm, output=output)
+
+    def _layer(self, prefix: str, layer: LayerConfig) -> LayerWeights:
+        dim, ffn_dim, head_dim = self._config.dim, layer.ffn_dim, layer.attention.head_dim
+        norms = layer.head_norms
+        return LayerWeights(
+            attention_norm=self._gain(f"{prefix}.attn_norm.weight", dim),
+            qkv=self._fused(_qkv_parts(prefix, layer), dim),
+            q_norm=self._gain(f"{prefix}.attn_q_norm.weight", head_dim) if norms else None,
+            k_norm=self._gain(f"{prefix}.attn_k_norm.weight", head_dim) if norms else None,
+            attention_output=self._fused(
+                [_Part(f"{prefix}.attn_output", dim)], layer.attention.num_heads * head_dim
+            ),
+            ffn_norm=self._gain(f"{prefix}.ffn_norm.weight", dim),
+            gate_up=self._fused(
+                [_Part(f"{prefix}.ffn_gate", ffn_dim), _Part(f"{prefix}.ffn_up", ffn_dim)], dim
+            ),
+            down=self._fused([_Part(f"{prefix}.ffn_down", dim)], ffn_dim),
+        )
+
+    def _fused(self, parts: Sequence[_Part], k: int) -> Weight:
+        """Pack matrices of `k` inputs as one weight; outputs in the order of `parts`."""
+        matrices: list[Matrix] = []
+        biases: list[NDArray[np.float32] | None] = []
+        for part in parts:
+            matrix = self._matrix(f"{part.name}.weight", part.n, k)
+            bias = read_vector(self._file, f"{part.name}.bias", part.n) if part.bias else None
+            if part.interleaved_heads:
+                rows = deinterleave(matrix.data, part.interleaved_heads, part.rotary_dim)
+                matrix = replace(matrix, data=rows)
+                if bias is not None:
+                    bias = deinterleave(bias, part.interleaved_heads, part.rotary_dim)
+            matrices.append(matrix)
+            biases.append(bias)
+        weight = self._backend.matrix(matrices, biases if any(part.bias for part in parts) else ())
+        for part in parts:
+            self._loaded(f"{part.name}.weight")
+        return weight
+
+    def _matrix(self, name: str, n: int, k: int) -> Matrix:
+        info = check_tensor(self._file, name, (n, k))
+        return Matrix(name=name, format=format_of(info), n=n, k=k, data=self._file.rows(name))
+
+    def _gain(self, name: str, length: int) -> Tensor:
+        gain = self._backend.vector(read_vector(self._file, name, length))
+        self._loaded(name)
+        return gain
+
+    def _loaded(self, name: str) -> None:
+        self._loaded_bytes += self._file.tensors[name].nbytes
+        self._on_progress(min(1.0, self._loaded_bytes / self._total_bytes))
+
+
+def _qkv_parts(prefix: str, layer: LayerConfig) -> list[_Part]:
+    attention = layer.attention
+    heads = {"q": attention.num_heads, "k": attention.num_kv_heads, "v": attention.num_kv_heads}
+    return [
+        _Part(
+            name=f"{prefix}.attn_{letter}",
+            n=num_heads * attention.head_dim,
+            bias=layer.qkv_bias,
+            interleaved_heads=num_heads if layer.permuted_qk and letter != "v" else 0,
+            rotary_dim=layer.rope.rotary_dim,
+        )
+        for letter, num_heads in heads.items()
+    ]
