@@ -116,7 +116,10 @@ class Forward(Protocol):
 
 class CompiledForward(Protocol):
     def __call__(self, counts: Counts) -> torch.Tensor:
-        """Run one step on what the input buffers hold. (num_logits, vocab_size) float32, valid until the next call."""
+        """Run one step on what the input buffers hold.
+
+        Returns (num_logits, vocab_size) float32, valid until the next call. Raises EngineError.
+        """
         ...
 
 
@@ -147,7 +150,9 @@ class Backend(Protocol):
         """Zeroed torch CPU tensors for `runner.batch` to fill (a GPU backend stages them itself)."""
         ...
 
-    def allocate_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+    def allocate_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> LayerCache:
         """One layer's cache, zeroed. Raises InsufficientMemory."""
         ...
 
@@ -177,9 +182,7 @@ class Backend(Protocol):
         """Write each token's K and V to its slot. Must precede `attention` on the same cache."""
         ...
 
-    def attention(
-        self, q: Tensor, cache: LayerCache, inputs: BatchInputs, params: AttentionParams
-    ) -> Tensor:
+    def attention(self, q: Tensor, cache: LayerCache, inputs: BatchInputs, params: AttentionParams) -> Tensor:
         """Causal attention of each token over its row's cache. (tokens, num_heads * head_dim)."""
         ...
 

@@ -1,0 +1,224 @@
+"""
+The reference CPU backend: torch in float32, eager, one obvious expression an operation.
+
+It is the oracle the other backends are compared with, and what runs where no compiler exists. Weights stay in
+their GGUF bytes and are dequantised a tile of rows at a time, so memory stays near the size of the file.
+
+It keeps the arithmetic contract of `kernels.backend` by never giving the library a shape that depends on the
+batch: sums over a row are a tree of elementwise additions, products and softmax run a token at a time, on
+freshly allocated (equally aligned) operands whose sizes follow from the weight or the token's position. Bits
+may depend on torch's thread count, which is process-global: set it once, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worker_orcd.config import KVCacheDtype
+from worker_orcd.errors import InsufficientMemory
+from worker_orcd.kernels.backend import (
+    AttentionParams,
+    BatchInputs,
+    CompiledForward,
+    Counts,
+    Forward,
+    LayerCache,
+    Limits,
+    Matrix,
+    RopeParams,
+)
+from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
+
+TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceWeight:
+    """Matrices that share k, one below the other, in their GGUF bytes; `bias` is (sum of n,) or None."""
+
+    parts: tuple[Matrix, ...]
+    bias: torch.Tensor | None
+
+    @property
+    def n(self) -> int:
+        return sum(part.n for part in self.parts)
+
+
+class ReferenceBackend:
+    """Implements `kernels.backend.Backend`; its tensors are torch tensors of shape (tokens, width)."""
+
+    name = "cpu-reference"
+
+    def __init__(self, kv_cache_dtype: KVCacheDtype = "auto") -> None:
+        self._cache_dtype = torch.float16 if kv_cache_dtype == "float16" else torch.float32
+        self._angles: dict[RopeParams, tuple[torch.Tensor, torch.Tensor]] = {}  # of the running step
+        cache = "float16" if kv_cache_dtype == "float16" else "float32"
+        self.description = f"torch reference, float32 activations, {cache} KV cache"
+
+    # -- memory ------------------------------------------------------------------------------------------
+
+    def matrix(
+        self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()
+    ) -> ReferenceWeight:
+        return ReferenceWeight(tuple(_owned(part) for part in parts), join_bias(parts, bias))
+
+    def embedding(self, table: Matrix) -> ReferenceWeight:
+        return ReferenceWeight((_owned(table),), None)
+
+    def vector(self, values: NDArray[np.float32]) -> torch.Tensor:
+        return torch.as_tensor(np.array(values, dtype=np.float32))
+
+    def allocate_inputs(self, limits: Limits) -> BatchInputs:
+        return allocate_cpu_inputs(limits)
+
+    def allocate_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> LayerCache:
+        shape = (2, num_blocks, block_size, num_kv_heads, head_dim)
+        try:
+            return LayerCache(torch.zeros(shape, dtype=self._cache_dtype))
+        except (RuntimeError, MemoryError) as error:
+            need = num_blocks * self.cache_block_bytes(block_size, num_kv_heads, head_dim)
+            raise InsufficientMemory(f"the KV cache of one layer needs {need} bytes") from error
+
+    def cache_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * self._cache_dtype.itemsize
+
+    # -- operations --------------------------------------------------------------------------------------
+
+    def embed(self, token_ids: torch.Tensor, table: ReferenceWeight) -> torch.Tensor:
+        (part,) = table.parts
+        rows = part.format.dequantize_rows(part.data[token_ids.numpy()])  # (tokens, k)
+        return torch.as_tensor(rows)
+
+    def linear(self, x: torch.Tensor, weight: ReferenceWeight) -> torch.Tensor:
+        tokens = [row.clone() for row in x]  # torch allocates aligned: the same bits wherever x began
+        out = torch.empty(len(tokens), weight.n)  # (tokens, n)
+        column = 0
+        for part in weight.parts:
+            step = max(1, TILE_WEIGHTS // part.k)
+            tile = torch.empty(step, part.k)
+            for first in range(0, part.n, step):
+                last = min(first + step, part.n)
+                rows = part.format.dequantize_rows(part.data[first:last])
+                tile[: last - first] = torch.as_tensor(rows)
+                for index, token in enumerate(tokens):
+                    out[index, column + first : column + last] = torch.mv(tile[: last - first], token)
+            column += part.n
+        return out if weight.bias is None else out + weight.bias
+
+    def split(self, x: torch.Tensor, widths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        return torch.split(x, list(widths), dim=1)
+
+    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x²) + eps) * gain, for each run of len(gain)."""
+        runs = x.reshape(x.shape[0], -1, gain.shape[0])  # (tokens, runs, len(gain))
+        mean = _row_sums(runs * runs) / gain.shape[0]
+        root = torch.as_tensor(np.sqrt((mean + eps).numpy()))  # numpy's is correctly rounded
+        return (runs / root * gain).reshape(x.shape)
+
+    def rope(
+        self, x: torch.Tensor, positions: torch.Tensor, params: RopeParams, head_dim: int
+    ) -> torch.Tensor:
+        """Rotary position embedding (Su et al. 2021): dimension i pairs with i + rotary_dim / 2."""
+        if params not in self._angles:
+            self._angles[params] = _rope_angles(positions, params)
+        cos, sin = self._angles[params]  # (tokens, 1, rotary_dim / 2)
+        heads = x.reshape(x.shape[0], -1, head_dim)  # (tokens, heads, head_dim)
+        half = params.rotary_dim // 2
+        low, high, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=2).reshape(x.shape)
+
+    def store_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, inputs: BatchInputs) -> None:
+        slots = inputs.slots.long()
+        keys_values = cache.tensor.flatten(1, 2)  # (2, slots, num_kv_heads, head_dim), a view
+        shape = (k.shape[0], *keys_values.shape[2:])  # (tokens, num_kv_heads, head_dim)
+        keys_values[0].index_copy_(0, slots, k.reshape(shape).to(keys_values.dtype))
+        keys_values[1].index_copy_(0, slots, v.reshape(shape).to(keys_values.dtype))
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, inputs: BatchInputs, params: AttentionParams
+    ) -> torch.Tensor:
+        out = torch.empty(q.shape[0], params.num_heads * params.head_dim)
+        block_size = cache.tensor.shape[2]
+        keys_values = cache.tensor.flatten(1, 2)  # (2, slots, num_kv_heads, head_dim), a view
+        starts: list[int] = inputs.query_start.tolist()
+        for row in range(len(starts) - 1):
+            context = torch.arange(int(inputs.context_lens[row]))
+            blocks = inputs.block_tables[row].long()
+            slots = blocks[context // block_size] * block_size + context % block_size  # (context_len,)
+            for token in range(starts[row], starts[row + 1]):
+                last = int(inputs.positions[token])
+                first = 0 if params.window is None else max(0, last - params.window + 1)
+                out[token] = _attend(q[token], keys_values[:, slots[first : last + 1]], params)
+        return out
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        silu = [torch.nn.functional.silu(row.clone()) for row in gate]  # exp's bits may depend on the lane
+        return torch.stack(silu) * up if silu else torch.empty(up.shape)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def take(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return x[indices.long()]
+
+    # -- running -----------------------------------------------------------------------------------------
+
+    def compile(self, forward: Forward, inputs: BatchInputs, limits: Limits) -> CompiledForward:
+        def step(counts: Counts) -> torch.Tensor:
+            check_counts(counts, limits)
+            self._angles.clear()
+            with torch.inference_mode():
+                return forward(valid_inputs(inputs, counts))
+
+        return step
+
+    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
+        activations = (
+            6 * limits.max_tokens * widest
+        )  # the residual, an operation's inputs, output and product
+        return 4 * (activations + 2 * limits.max_rows * vocab_size + 4 * TILE_WEIGHTS)
+
+    def close(self) -> None:
+        self._angles.clear()
+
+
+def _owned(part: Matrix) -> Matrix:
+    """The part with its own copy of the bytes, so that the file may be closed."""
+    return replace(part, data=np.array(part.data))
+
+
+def _row_sums(x: torch.Tensor) -> torch.Tensor:
+    """Sum the last dimension, kept as 1, by adding its upper half to its lower until one is left."""
+    while (n := x.shape[-1]) > 1:
+        half = (n + 1) // 2
+        lower = x[..., :half].clone()
+        lower[..., : n - half] += x[..., half:]
+        x = lower
+    return x
+
+
+def _rope_angles(positions: torch.Tensor, params: RopeParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cos and sin of position * inv_freq in float64, rounded once: (tokens, 1, rotary_dim / 2) each."""
+    inv_freq = np.array(params.inv_freq)
+    angles = [int(position) * inv_freq for position in positions]  # one shape, whatever the batch
+    cos = np.stack([np.cos(angle) for angle in angles]) * params.attention_factor
+    sin = np.stack([np.sin(angle) for angle in angles]) * params.attention_factor
+    return torch.as_tensor(cos).float().unsqueeze(1), torch.as_tensor(sin).float().unsqueeze(1)
+
+
+def _attend(q: torch.Tensor, keys_values: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """One token over its keys and values, (2, context, num_kv_heads, head_dim) -> (num_heads * head_dim,)."""
+    heads = q.reshape(params.num_kv_heads, -1, params.head_dim).clone()  # (kv_heads, group, head_dim)
+    k, v = keys_values.float().transpose(1, 2).contiguous()  # (kv_heads, context, head_dim) each
+    scores = torch.bmm(heads, k.transpose(1, 2).contiguous()) * params.scale  # (kv_heads, group, context)
+    return torch.bmm(torch.softmax(scores, dim=-1), v).reshape(-1)
