@@ -49,6 +49,9 @@ class Sequence:
     priority: int = 0  # lower runs first
     deadline: float | None = None  # time.monotonic() seconds
     cache_salt: bytes = b""  # prefix-cache blocks are shared only between equal salts
+    arrival: int = 0  # the scheduler's count of submits: who came first
+    submitted_at: float = 0.0  # time.monotonic() seconds
+    queue_seconds: float = 0.0  # from the submit to the first step that computed it
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache
     num_cached_tokens: int = 0  # of those, found in the prefix cache when first admitted
@@ -67,6 +70,16 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may be one of `stop_token_ids`; the sampler masks those where it may not."""
+        return self.num_output_tokens >= self.min_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the lower priority number, then the earlier arrival."""
+        return (self.priority, self.arrival)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +113,33 @@ class SampledToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first, raw
 
 
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """One row of a step went wrong and its neighbours did not: its sequence alone ends with an error."""
+
+    code: str  # a `WorkerError.code`
+    message: str  # for the caller: no paths, addresses or tracebacks
+
+
+RowResult = SampledToken | RowFailure | None
+
+
 class PendingStep(Protocol):
-    def wait(self) -> list[SampledToken | None]:
-        """One entry a row, None for rows that do not sample. Raises EngineError."""
+    def wait(self) -> list[RowResult]:
+        """One entry a row, None for rows that do not sample. Raises EngineError.
+
+        A step whose wait raised is over: the device no longer writes to its blocks.
+        """
         ...
 
 
 class Runner(Protocol):
     """The device side as the engine sees it. Implemented by runner.ModelRunner and by test fakes."""
 
-    def launch(self, step: Step) -> PendingStep: ...
+    def launch(self, step: Step) -> PendingStep:
+        """Start a step. Raises EngineError, and then the step is over.
+
+        Must not wait for the device: the engine publishes the previous step's tokens before it calls `wait`.
+        A device without a queue of its own computes in `wait`.
+        """
+        ...
