@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,11 +77,6 @@ class Sequence:
         """Whether the next token may be one of `stop_token_ids`; the sampler masks those where it may not."""
         return self.num_output_tokens >= self.min_tokens
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Who goes first: the lower priority number, then the earlier arrival."""
-        return (self.priority, self.arrival)
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -125,7 +121,7 @@ RowResult = SampledToken | RowFailure | None
 
 
 class PendingStep(Protocol):
-    def wait(self) -> list[RowResult]:
+    def wait(self) -> SequenceABC[RowResult]:
         """One entry a row, None for rows that do not sample. Raises EngineError.
 
         A step whose wait raised is over: the device no longer writes to its blocks.

@@ -25,7 +25,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Forget this sequence and free its blocks. Unknown or finished ids are ignored: cancelling is idempotent."""
+    """Forget this sequence and free its blocks. Unknown and finished ids are ignored."""
 
     id: int
 
@@ -66,6 +66,17 @@ class StepStats:
     num_waiting: int
     kv_blocks_free: int
     kv_blocks_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSnapshot:
+    """The engine's counts as the last step left them: what other threads may look at."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_free: int = 0
+    kv_blocks_total: int = 0
+    failed: bool = False  # a fault ended the engine: every later submit gets an ERROR output
 
 
 class StepObserver(Protocol):

@@ -1,0 +1,219 @@
+"""
+The thread that turns commands into outputs, one step at a time.
+
+A turn: schedule a step and launch it; while the device computes, take in new commands and publish the outputs
+of the step before; then wait and update. With nothing to compute the thread sleeps on its inbox.
+
+Faults. A step that fails ends its own sequences with ERROR and the engine goes on. A lost device, three
+failing steps in a row, or a fault in the engine itself end everything: every sequence gets ERROR,
+`on_failure` is told once, and later submits are answered with the same error. Callers see a reference number;
+the traceback is narrated.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from worker_orcd.engine.messages import (
+    Cancel,
+    Command,
+    EngineSnapshot,
+    NullObserver,
+    Output,
+    StepObserver,
+    Submit,
+)
+from worker_orcd.engine.scheduler import Scheduler
+from worker_orcd.errors import DeviceError, Draining, EngineError, Internal
+from worker_orcd.narration import Narration
+from worker_orcd.sequence import FinishReason, RowResult, Runner, Step
+
+_MAX_FAILING_STEPS = 3
+
+Publish = Callable[[list[Output]], None]
+
+
+def _ignore_failure(_error: EngineError) -> None:
+    """The outputs say it too; only a worker that should exit needs to be told."""
+
+
+class Engine:
+    """Owns the thread, the scheduler and the runner. All state lives on the thread.
+
+    What other threads may do: `send`, `stop`, and read `snapshot`, an immutable object replaced after each
+    step. `publish`, `observer` and `on_failure` are called on the engine's thread and must not block. Outputs
+    of one sequence are published in order, and after `stop` every sequence ever sent has had its last.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        publish: Publish,
+        *,
+        observer: StepObserver | None = None,
+        narration: Narration | None = None,
+        on_failure: Callable[[EngineError], None] = _ignore_failure,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._publish = publish
+        self._observer = observer or NullObserver()
+        self._narration = narration or Narration()
+        self._on_failure = on_failure
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._closing = threading.Lock()  # so that the sentinel is the last thing in the inbox
+        self._closed = False
+        self._stopping = False
+        self._outputs: list[Output] = []  # not yet published
+        self._num_failing_steps = 0  # in a row
+        self._failure: EngineError | None = None
+        self.snapshot: EngineSnapshot = scheduler.snapshot()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """Hand over a command. Raises Draining once `stop` was called."""
+        with self._closing:
+            if self._closed:
+                raise Draining("the worker is shutting down")
+            self._inbox.put(command)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Finish the step in flight, cancel what is left (CANCELLED outputs) and end the thread.
+
+        Drains nothing: whoever wants running jobs to finish waits for them first. False if the thread has not
+        ended after `timeout` seconds: the device hangs.
+        """
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                if self._scheduler.is_idle or self._failure is not None:
+                    self._flush()
+                    self._receive(wait=True)
+                else:
+                    self._receive(wait=False)
+                    self._turn()
+            except Exception as error:
+                self._collapse(self._explain(error))
+        self._outputs += self._scheduler.end_all(FinishReason.CANCELLED)
+        self._flush()
+        self.snapshot = self._scheduler.snapshot(failed=self._failure is not None)
+
+    def _turn(self) -> None:
+        started = time.monotonic()
+        self._outputs += self._scheduler.expire(started)
+        step = self._scheduler.schedule(started)
+        if step is None:
+            self._flush()
+            return
+        try:
+            pending = self._runner.launch(step)
+            self._receive(wait=False)
+            self._flush()
+            results = _check(pending.wait(), step)
+        except Exception as error:
+            self._fail(step, self._explain(error))
+        else:
+            self._num_failing_steps = 0
+            self._outputs += self._scheduler.update(step, results)
+        self.snapshot = self._scheduler.snapshot(failed=self._failure is not None)
+        self._observe(time.monotonic() - started)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Take in all commands there are; with `wait`, at least one."""
+        while not self._stopping:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            match command:
+                case Submit():
+                    self._submit(command)
+                case Cancel(id):
+                    self._outputs += self._scheduler.cancel(id)
+                case None:
+                    self._stopping = True
+
+    def _submit(self, command: Submit) -> None:
+        if self._failure is not None:
+            self._outputs.append(
+                Output(
+                    command.id,
+                    finish_reason=FinishReason.ERROR,
+                    error_code=self._failure.code,
+                    error=self._failure.message,
+                )
+            )
+            return
+        try:
+            self._outputs += self._scheduler.submit(command, time.monotonic())
+        except Internal as error:  # no output: it would end the sequence that rightly has this id
+            self._narration.tell("error", f"A submit was ignored: {error}.", code=error.code)
+
+    def _flush(self) -> None:
+        if not self._outputs:
+            return
+        outputs, self._outputs = self._outputs, []
+        try:
+            self._publish(outputs)
+        except Exception as error:
+            self._narration.tell("error", f"{len(outputs)} outputs could not be delivered.", trace=error)
+
+    def _observe(self, seconds: float) -> None:
+        try:
+            self._observer.on_step(self._scheduler.stats(seconds))
+        except Exception as error:
+            self._narration.tell(
+                "error", "The step observer failed; a step is missing in the metrics.", trace=error
+            )
+
+    # -- faults --------------------------------------------------------------------------------------------
+
+    def _explain(self, error: Exception) -> EngineError:
+        """What callers may know of a fault; the rest is narrated."""
+        if isinstance(error, EngineError):
+            self._narration.tell("error", f"A step failed: {error.message}.", code=error.code)
+            return error
+        reference = uuid.uuid4().hex[:12]
+        self._narration.tell("error", "An unexpected fault in the engine.", trace=error, reference=reference)
+        return Internal(f"internal error, reference {reference}")
+
+    def _fail(self, step: Step, error: EngineError) -> None:
+        self._num_failing_steps += 1
+        self._outputs += self._scheduler.fail(step, error.code, error.message)
+        if isinstance(error, DeviceError) or self._num_failing_steps >= _MAX_FAILING_STEPS:
+            self._collapse(error)
+
+    def _collapse(self, error: EngineError) -> None:
+        if self._failure is not None:
+            return
+        self._failure = error
+        self._outputs += self._scheduler.end_all(FinishReason.ERROR, error.code, error.message)
+        self._flush()
+        self.snapshot = self._scheduler.snapshot(failed=True)
+        self._narration.tell("error", f"The engine has stopped for good: {error.message}.", code=error.code)
+        self._on_failure(error)
+
+
+def _check(results: Sequence[RowResult], step: Step) -> Sequence[RowResult]:
+    if len(results) != len(step.rows):
+        raise Internal(f"the runner gave {len(results)} results for {len(step.rows)} rows")
+    return results

@@ -1,0 +1,414 @@
+"""
+Decides what each step computes. Pure: the same calls give the same steps, and time is passed in.
+
+Who goes first. Sequences are ranked by (priority, arrival). A step has one token budget, spent in this order:
+
+1. Sequences that need one token (they decode), best rank first. They go before everything else, so a running
+   decode waits for one step, never for a prompt.
+2. Admitted sequences that need more (a prompt, or a resume after preemption), best rank first. One that can
+   be finished in this step is. One that cannot takes half of what is left if others are behind it, so that a
+   short prompt need not wait for a long one, nor a long one for an endless row of short ones.
+3. Waiting sequences, best rank first, while seats (`max_num_seqs`) and blocks last.
+4. What nobody took goes to the unfinished rows of 2 and 3.
+
+Blocks. A sequence is admitted when there are blocks for all its known tokens, so only decoding asks for more.
+Unless it is alone, it leaves one spare block for each running sequence, or it would soon be preempted again.
+Where a block is missing, the running sequence of worst rank is preempted: its blocks are freed, it waits at
+its old rank and is computed again (often found again in the prefix cache). A waiting sequence may preempt
+running ones of a strictly higher priority number for blocks, but not for a seat.
+
+Nothing starves within a priority. Nobody is admitted past a better rank. The running sequence of best rank is
+never preempted for another, and it alone always fits into the pool, because `submit` refuses what does not.
+The decodes before it in the budget are finitely many and each ends after `max_tokens`; then it gets at least
+half of the budget. So it finishes, the next becomes the best, and by induction all do. Between priorities the
+order is strict: a lower class waits for as long as a better one keeps the worker full.
+
+In flight. Between `schedule` and `update` (or `fail`) the device may write to the blocks of the step's rows.
+A sequence that ends in between is reported at once, and its blocks are freed when the step is over. Blocks
+are published to the prefix cache only by `update`, so nobody can hit a block that is not computed yet.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Sequence as SequenceABC
+
+from worker_orcd.config import EngineConfig
+from worker_orcd.engine.blocks import BlockPool, hash_block, hash_salt
+from worker_orcd.engine.messages import EngineSnapshot, Output, StepStats, Submit
+from worker_orcd.errors import ContextLengthExceeded, Internal, InvalidParameter
+from worker_orcd.sequence import FinishReason, Row, RowFailure, RowResult, SampledToken, Sequence, Step
+
+_MAX_TOKEN_ID = 2**31 - 1
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return (sequence.priority, sequence.arrival)
+
+
+class Scheduler:
+    """Owns every live sequence and the block pool; on the engine's thread.
+
+    Invariants: `waiting` and `running` are sorted by rank; a running sequence holds blocks for every token it
+    has computed, a waiting one holds none; each sequence gets exactly one output with a finish reason, its
+    last.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        self._config = config
+        self._pool = pool
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._sequences: dict[int, Sequence] = {}
+        self._deadlines: list[
+            tuple[float, int, int]
+        ] = []  # a heap of (deadline, arrival, id); some have ended
+        self._num_arrivals = 0
+        self._in_flight: Step | None = None
+        self._ended_in_flight: list[Sequence] = []
+        self._plan = _Plan(0)  # of the step being made, or made last
+        capacity = pool.num_usable * config.block_size
+        self.max_len = min(config.max_model_len or capacity, capacity)
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    def submit(self, command: Submit, now: float) -> list[Output]:
+        """Queue a sequence. One that can never run is refused by an ERROR output.
+
+        Raises Internal if the id is in use: that is the client's fault, and the other sequence goes on.
+        """
+        if command.id in self._sequences:
+            raise Internal(f"sequence id {command.id} is in use")
+        if (refusal := self._refuse(command)) is not None:
+            return [refusal]
+        sequence = Sequence(
+            id=command.id,
+            token_ids=list(command.prompt_token_ids),
+            max_tokens=command.max_tokens,
+            stop_token_ids=command.stop_token_ids,
+            sampling=command.sampling,
+            min_tokens=command.min_tokens,
+            priority=command.priority,
+            deadline=command.deadline,
+            cache_salt=command.cache_salt,
+            arrival=self._num_arrivals,
+            submitted_at=now,
+        )
+        self._num_arrivals += 1
+        self._sequences[sequence.id] = sequence
+        insort(self.waiting, sequence, key=_rank)
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence.id))
+        self._extend_hashes(sequence, len(sequence.token_ids))
+        return []
+
+    def cancel(self, sequence_id: int) -> list[Output]:
+        """End a sequence, whatever it is doing. Unknown and finished ids are ignored."""
+        if (sequence := self._sequences.get(sequence_id)) is None:
+            return []
+        return [self._finish(sequence, FinishReason.CANCELLED)]
+
+    def expire(self, now: float) -> list[Output]:
+        """End the sequences whose deadline has come."""
+        outputs: list[Output] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _deadline, arrival, sequence_id = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None and sequence.arrival == arrival:
+                outputs.append(self._finish(sequence, FinishReason.DEADLINE))
+        return outputs
+
+    def end_all(
+        self, reason: FinishReason, code: str | None = None, error: str | None = None
+    ) -> list[Output]:
+        """End every live sequence for one reason, best rank first."""
+        return [
+            self._finish(sequence, reason, code=code, error=error) for sequence in self.running + self.waiting
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sequences
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Step | None:
+        """The next step, or None if there is nothing to compute. The last step must be over."""
+        assert self._in_flight is None, "one step at a time: the last one is not over"
+        plan = self._plan = _Plan(self._config.max_num_batched_tokens)
+        self._plan_decodes(plan)
+        self._plan_prompts(plan)
+        self._admit_waiting(plan, now)
+        plan.spend_rest()
+        if not plan.rows:
+            return None
+        self._in_flight = Step(tuple([Row(sequence, n) for sequence, n in plan.rows.items()]))
+        return self._in_flight
+
+    def update(self, step: Step, results: SequenceABC[RowResult]) -> list[Output]:
+        """Take in a computed step, one result a row: advance its sequences and end those that are done."""
+        self._end_step(step)
+        outputs: list[Output] = []
+        for row, result in zip(step.rows, results, strict=True):
+            if row.sequence.finish_reason is None and (output := self._advance(row, result)) is not None:
+                outputs.append(output)
+        return outputs
+
+    def fail(self, step: Step, code: str, error: str) -> list[Output]:
+        """The step went wrong as a whole: its sequences end, and nothing that it computed is published."""
+        self._end_step(step)
+        return [
+            self._finish(row.sequence, FinishReason.ERROR, code=code, error=error)
+            for row in step.rows
+            if row.sequence.finish_reason is None
+        ]
+
+    def stats(self, seconds: float) -> StepStats:
+        """Of the step that was updated last, which took that long."""
+        plan = self._plan
+        return StepStats(
+            seconds=seconds,
+            num_rows=len(plan.rows),
+            num_tokens=sum(plan.rows.values()),
+            num_prompt_tokens=plan.num_prompt_tokens,
+            num_sampled=plan.num_sampled,
+            num_preempted=plan.num_preempted,
+            prefix_query_tokens=plan.prefix_query_tokens,
+            prefix_hit_tokens=plan.prefix_hit_tokens,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            kv_blocks_free=self._pool.num_free,
+            kv_blocks_total=self._pool.num_usable,
+        )
+
+    def snapshot(self, *, failed: bool = False) -> EngineSnapshot:
+        return EngineSnapshot(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            kv_blocks_free=self._pool.num_free,
+            kv_blocks_total=self._pool.num_usable,
+            failed=failed,
+        )
+
+    # -- planning ------------------------------------------------------------------------------------------
+
+    def _plan_decodes(self, plan: _Plan) -> None:
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
+            if plan.budget == 0:
+                break
+            # No blocks: it was preempted for one of better rank a moment ago.
+            if sequence.block_ids and self._grow(sequence, plan):
+                plan.add(sequence, 1)
+
+    def _plan_prompts(self, plan: _Plan) -> None:
+        prompts = [s for s in self.running if s not in plan.rows and s.num_uncomputed_tokens > 1]
+        others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
+        for i, sequence in enumerate(prompts):
+            plan.add_chunk(sequence, others_behind=others_wait or i + 1 < len(prompts))
+
+    def _admit_waiting(self, plan: _Plan, now: float) -> None:
+        while self.waiting and plan.budget > 0 and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self._allocate(sequence, plan):
+                break
+            del self.waiting[0]
+            insort(self.running, sequence, key=_rank)
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+                sequence.queue_seconds = now - sequence.submitted_at
+                plan.prefix_query_tokens += (
+                    len(sequence.token_ids) if self._config.enable_prefix_caching else 0
+                )
+                plan.prefix_hit_tokens += sequence.num_cached_tokens
+            others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
+            plan.add_chunk(sequence, others_behind=others_wait)
+
+    def _allocate(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Give a waiting sequence the blocks of all its tokens, cached ones where there are any."""
+        # At least one token must be computed, to have logits to sample from.
+        reusable = (len(sequence.token_ids) - 1) // self._config.block_size
+        found = self._pool.find(sequence.block_hashes[:reusable])
+        missing = self._num_blocks(len(sequence.token_ids)) - len(found)
+        while missing + len(self.running) > self._pool.num_free_after(found):
+            if not self._may_preempt_for(sequence, missing, found):
+                return False
+            self._preempt(self.running[-1], plan)
+        self._pool.take(found)
+        sequence.block_ids = found + self._pool.allocate(missing)
+        sequence.num_computed_tokens = len(found) * self._config.block_size
+        return True
+
+    def _may_preempt_for(self, sequence: Sequence, missing: int, found: list[int]) -> bool:
+        """Whether preempting all of worse priority would make room; some in vain would be waste."""
+        victims = [s for s in self.running if s.priority > sequence.priority]
+        kept = len(self.running) - len(victims)
+        held = {b for s in victims for b in s.block_ids}.difference(found)
+        freed = sum(1 for block_id in held if self._pool.ref_count(block_id) == 1)
+        return bool(victims) and missing + kept <= self._pool.num_free_after(found) + freed
+
+    def _grow(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Make sure that there is a slot for the next token. False if the sequence itself had to give way."""
+        if self._num_blocks(len(sequence.token_ids)) == len(sequence.block_ids):
+            return True
+        while self._pool.num_free == 0:
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is sequence:
+                return False
+        sequence.block_ids += self._pool.allocate(1)
+        return True
+
+    def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
+        self.running.remove(sequence)
+        plan.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        insort(self.waiting, sequence, key=_rank)
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    def _end_step(self, step: Step) -> None:
+        assert step is self._in_flight, "not the step in flight"
+        self._in_flight = None
+        for sequence in self._ended_in_flight:
+            self._release(sequence)
+        self._ended_in_flight.clear()
+
+    def _advance(self, row: Row, result: RowResult) -> Output | None:
+        sequence = row.sequence
+        if isinstance(result, RowFailure):
+            return self._finish(sequence, FinishReason.ERROR, code=result.code, error=result.message)
+        if row.samples != (result is not None):
+            return self._finish(
+                sequence, FinishReason.ERROR, code=Internal.code, error="the runner lost track of a sequence"
+            )
+        if sequence.num_output_tokens == 0:
+            self._plan.num_prompt_tokens += row.num_tokens
+        self._publish_blocks(sequence, sequence.num_computed_tokens + row.num_tokens)
+        sequence.num_computed_tokens += row.num_tokens
+        if result is None:
+            return None
+        self._plan.num_sampled += 1
+        may_stop = sequence.may_stop
+        sequence.token_ids.append(result.token_id)
+        if may_stop and result.token_id in sequence.stop_token_ids:
+            return self._finish(sequence, FinishReason.STOP, (result,))
+        if sequence.num_output_tokens >= sequence.max_tokens:
+            return self._finish(sequence, FinishReason.LENGTH, (result,))
+        return Output(
+            sequence.id, (result,), sequence.num_cached_tokens, None, None, None, sequence.queue_seconds
+        )
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        tokens: tuple[SampledToken, ...] = (),
+        *,
+        code: str | None = None,
+        error: str | None = None,
+    ) -> Output:
+        """The only place where a sequence ends, and the only maker of last outputs."""
+        assert sequence.finish_reason is None, "a sequence ends once"
+        sequence.finish_reason = reason
+        del self._sequences[sequence.id]
+        (self.running if sequence.block_ids else self.waiting).remove(sequence)
+        if self._in_flight is not None and any(row.sequence is sequence for row in self._in_flight.rows):
+            self._ended_in_flight.append(sequence)
+        else:
+            self._release(sequence)
+        return Output(
+            sequence.id,
+            tokens,
+            sequence.num_cached_tokens,
+            reason,
+            error_code=code,
+            error=error,
+            queue_seconds=sequence.queue_seconds,
+        )
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = []
+
+    # -- small things --------------------------------------------------------------------------------------
+
+    def _refuse(self, command: Submit) -> Output | None:
+        num_prompt = len(command.prompt_token_ids)
+        if num_prompt == 0 or command.max_tokens < 1:
+            code, error = (
+                InvalidParameter.code,
+                "a prompt of at least one token and max_tokens ≥ 1 are needed",
+            )
+        elif min(command.prompt_token_ids) < 0 or max(command.prompt_token_ids) > _MAX_TOKEN_ID:
+            code, error = InvalidParameter.code, "a prompt token id is negative or far outside any vocabulary"
+        elif num_prompt + command.max_tokens > self.max_len:
+            code = ContextLengthExceeded.code
+            error = (
+                f"{num_prompt} prompt tokens and max_tokens {command.max_tokens} exceed "
+                f"the context length of {self.max_len}"
+            )
+        else:
+            return None
+        return Output(command.id, finish_reason=FinishReason.ERROR, error_code=code, error=error)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+    def _extend_hashes(self, sequence: Sequence, num_tokens: int) -> None:
+        """Hash the full blocks among the first `num_tokens` tokens, each once in a sequence's life."""
+        if not self._config.enable_prefix_caching:
+            return
+        size, hashes = self._config.block_size, sequence.block_hashes
+        for i in range(len(hashes), num_tokens // size):
+            parent = hashes[-1] if i else hash_salt(sequence.cache_salt)
+            hashes.append(hash_block(parent, sequence.token_ids[i * size : (i + 1) * size]))
+
+    def _publish_blocks(self, sequence: Sequence, num_computed: int) -> None:
+        """Let others find the blocks that this step has filled."""
+        size = self._config.block_size
+        first, end = sequence.num_computed_tokens // size, num_computed // size
+        if first == end or not self._config.enable_prefix_caching:
+            return
+        self._extend_hashes(sequence, num_computed)
+        for i in range(first, end):
+            self._pool.publish(sequence.block_ids[i], sequence.block_hashes[i])
+
+
+class _Plan:
+    """The step being made: who computes how much, what is left of the budget, what to tell the observer."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: dict[Sequence, int] = {}  # in the order of the step
+        self.num_preempted = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_sampled = 0
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        self.rows[sequence] = num_tokens
+        self.budget -= num_tokens
+
+    def add_chunk(self, sequence: Sequence, *, others_behind: bool) -> None:
+        """All that is needed if it fits, else half of the budget if others want some too, else all."""
+        if self.budget == 0:
+            return
+        wanted = sequence.num_uncomputed_tokens
+        share = self.budget if wanted <= self.budget or not others_behind else -(-self.budget // 2)
+        self.add(sequence, min(wanted, share))
+
+    def spend_rest(self) -> None:
+        for sequence, num_tokens in self.rows.items():
+            if self.budget == 0:
+                break
+            more = min(sequence.num_uncomputed_tokens - num_tokens, self.budget)
+            self.rows[sequence] = num_tokens + more
+            self.budget -= more
+
+    def remove(self, sequence: Sequence) -> None:
+        self.num_preempted += 1
+        self.budget += self.rows.pop(sequence, 0)

@@ -1,0 +1,118 @@
+"""
+The events of a worker's life, each one line: a sentence for people and fields for machines.
+
+* Events are few and named (`Event`); debugging output is not narrated.
+* On a terminal the line is coloured text, elsewhere JSON: `timestamp`, `level`, `event`, `sentence`, then the
+  bound fields (`worker_id`, `model_ref`, `device`) and those of the event (`job_id`, `correlation_id`, …).
+* No prompt and no completion is ever told: `Narration.text_fields` gives a digest and a length, and the text
+  itself only where the operator asked for it (`log_prompts`).
+* Telling never raises and never changes what is told about: a broken stderr is no reason to drop a job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from typing import Any, Literal, TextIO
+
+import structlog
+
+Event = Literal[
+    "startup",
+    "model_load_start",
+    "model_load_progress",
+    "model_load_complete",
+    "ready",
+    "execute_start",
+    "execute_end",
+    "cancel",
+    "warning",
+    "error",
+    "shutdown",
+]
+Style = Literal["auto", "json", "pretty"]
+
+_DIGEST_CHARS = 12
+
+
+class Narration:
+    """Writes events to one stream (stderr by default). Safe to use from several threads."""
+
+    def __init__(
+        self,
+        style: Style = "auto",
+        *,
+        stream: TextIO | None = None,
+        log_prompts: bool = False,
+        **fields: object,
+    ) -> None:
+        out = sys.stderr if stream is None else stream
+        self._log_prompts = log_prompts
+        self._logger: Any = structlog.wrap_logger(
+            structlog.WriteLogger(out),
+            processors=_processors(pretty=style == "pretty" or (style == "auto" and out.isatty())),
+            wrapper_class=structlog.BoundLogger,
+            context_class=dict,
+        ).bind(**_known(fields))
+
+    def bind(self, **fields: object) -> Narration:
+        """The same narrator with these fields in every event. None leaves a field out."""
+        bound = object.__new__(Narration)
+        bound._log_prompts = self._log_prompts
+        bound._logger = self._logger.bind(**_known(fields))
+        return bound
+
+    def tell(
+        self, event: Event, sentence: str, *, trace: BaseException | None = None, **fields: object
+    ) -> None:
+        """One event. `trace`: an unexpected exception, told with its traceback."""
+        write = {"error": self._logger.error, "warning": self._logger.warning}.get(event, self._logger.info)
+        details = _known(fields)
+        if trace is not None:
+            details["exc_info"] = (type(trace), trace, trace.__traceback__)
+        try:
+            write(event, sentence=sentence, **details)
+        except (OSError, ValueError):  # the stream is closed, or nobody reads it any more
+            return
+
+    def warn(self, sentence: str) -> None:
+        """A `warning` without fields: what other layers take as their `warn` callback."""
+        self.tell("warning", sentence)
+
+    def text_fields(self, name: str, text: str) -> dict[str, object]:
+        """What may be told of a prompt or a completion: `<name>_sha256` (a prefix) and `<name>_chars`."""
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        fields: dict[str, object] = {f"{name}_sha256": digest[:_DIGEST_CHARS], f"{name}_chars": len(text)}
+        if self._log_prompts:
+            fields[name] = text
+        return fields
+
+
+def _known(fields: dict[str, object]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _processors(*, pretty: bool) -> list[Any]:
+    stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if pretty else "iso", utc=not pretty)
+    if pretty:
+        return [structlog.processors.add_log_level, stamp, _sentence_first, structlog.dev.ConsoleRenderer()]
+    return [
+        structlog.processors.add_log_level,
+        stamp,
+        structlog.processors.format_exc_info,
+        _ordered,
+        structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+    ]
+
+
+def _ordered(_logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    head = {name: event.pop(name) for name in ("timestamp", "level", "event", "sentence")}
+    return head | event
+
+
+def _sentence_first(_logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """People read the sentence; the fields that say the same for every event would only be in the way."""
+    for name in ("worker_id", "model_ref", "device"):
+        event.pop(name, None)
+    event["event"] = event.pop("sentence")
+    return event
