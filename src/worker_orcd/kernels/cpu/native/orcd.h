@@ -35,14 +35,18 @@ enum orcd_kind {
   ORCD_LINEAR = 1,    /* out[t][0..n) = W x[t] (+ bias)         linear.c   */
   ORCD_EMBED = 2,     /* out[t] = dequantised row token_ids[t]  linear.c   */
   ORCD_RMS_NORM = 3,  /* per run of `width` columns             ops.c      */
-  ORCD_ROPE = 4,      /* ops.c */
+  ORCD_ROPE = 4,      /* ops.c: y = the angles of ORCD_ROPE_ANGLES */
   ORCD_STORE_KV = 5,  /* attention.c */
   ORCD_ATTENTION = 6, /* attention.c */
   ORCD_SWIGLU = 7,    /* ops.c */
   ORCD_ADD = 8,       /* ops.c */
   ORCD_SCALE = 9,     /* ops.c */
   ORCD_TAKE = 10,     /* ops.c: out[i] = x[logit_tokens[i]] */
+  ORCD_ROPE_ANGLES = 11, /* ops.c: out[t][0..width) = cos then sin of position * inv_freq, once a step */
 };
+
+/* What a planner returns instead of a number of tasks. */
+enum { ORCD_ERROR_KIND = -1, ORCD_ERROR_SHAPE = -2, ORCD_ERROR_MEMORY = -3 };
 
 /* One operation. Unused fields are zero. */
 typedef struct {
@@ -51,12 +55,12 @@ typedef struct {
   float *out;
   int64_t ldx, ldy, ldout;   /* row strides, in floats */
   int64_t n, k;              /* linear: outputs, inputs (k is a multiple of the format's block). Others: n = width of a row */
-  const void *weight;        /* linear, embed: packed by orcd_pack */
+  const void *weight;        /* linear, embed: packed by orcd_pack; rope_angles: double inv_freq[width / 2] */
   int32_t format;            /* ggml type id of the weight */
   int32_t activations;       /* linear: 8, 16 (two int8 planes) or 32 (float) */
-  const float *vector;       /* rms_norm: gain [width]; linear: bias [n] or NULL; rope: inv_freq [width / 2] */
-  int64_t width;             /* rms_norm: run length; rope: rotary_dim; attention: window, 0 = none */
-  float f0, f1;              /* rms_norm: eps; scale: factor; rope: attention_factor; attention: scale of q.k */
+  const float *vector;       /* rms_norm: gain [width]; linear: bias [n] or NULL */
+  int64_t width;             /* rms_norm: run length; rope, rope_angles: rotary_dim; attention: window, 0 = none */
+  float f0, f1;              /* rms_norm: eps; scale: factor; rope_angles: attention_factor; attention: scale of q.k */
   int32_t num_heads, num_kv_heads, head_dim, block_size; /* rope (num_heads, head_dim), store_kv, attention */
   void *cache;               /* store_kv, attention: the layer's blocks */
   int32_t cache_dtype;       /* 0 float32, 1 float16 */
