@@ -79,11 +79,12 @@ class Engine:
         self._thread.start()
 
     def send(self, command: Command) -> None:
-        """Hand over a command. Raises Draining once `stop` was called."""
+        """Hand over a command. Once `stop` was called: raises Draining for a Submit, and has cancelled already."""
         with self._closing:
-            if self._closed:
+            if not self._closed:
+                self._inbox.put(command)
+            elif isinstance(command, Submit):
                 raise Draining("the worker is shutting down")
-            self._inbox.put(command)
 
     def stop(self, timeout: float | None = None) -> bool:
         """Finish the step in flight, cancel what is left (CANCELLED outputs) and end the thread.
