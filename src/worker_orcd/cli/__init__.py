@@ -1,0 +1,17 @@
+"""The command line: `worker-orcd serve`, `run`, `inspect`, `bench`, `doctor`, `fetch`, `version`."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def main() -> None:
+    """Entry point of the `worker-orcd` command."""
+    from worker_orcd.cli.app import build
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that cannot show a character is no reason to die
+    build()()

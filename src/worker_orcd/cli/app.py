@@ -1,0 +1,44 @@
+"""The commands, put together. Nothing heavy is imported here, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from worker_orcd.cli.serve import serve
+from worker_orcd.cli.terminal import progress_bar, reports_errors
+from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
+
+
+def build() -> typer.Typer:
+    """The application; calling it runs the command line and exits."""
+    app = typer.Typer(
+        name="worker-orcd",
+        help="An LLM inference worker: one GGUF model, one device, reproducible answers.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command()(reports_errors(serve))
+    app.command()(reports_errors(fetch))
+    app.command()(version)
+    return app
+
+
+def fetch(
+    model: Annotated[str, typer.Argument(help="hf:org/repo/file.gguf, or demo", metavar="MODEL")],
+) -> None:
+    """Download a model into the cache, if it is not there, and print where its file is."""
+    from worker_orcd import hub
+
+    with progress_bar() as report:
+        path = hub.resolve(model, report)
+    print(path)
+
+
+def version() -> None:
+    """Print the version and the reproducibility contract."""
+    print(f"worker-orcd {VERSION} (reproducibility contract {REPRODUCIBILITY_CONTRACT})")

@@ -1,0 +1,34 @@
+"""`worker-orcd serve`: load one model and answer HTTP requests until told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worker_orcd.cli.options import ConfigFile, with_settings
+from worker_orcd.cli.settings import load_config
+from worker_orcd.cli.terminal import warn_all
+
+
+@with_settings(["model", "device", "engine", "server", "callback"])
+def serve(
+    given: dict[str, Any],
+    config: ConfigFile = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="holds the bearer token that clients must present", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="listen beyond this machine without an API key")
+    ] = False,
+) -> None:
+    """Load a model and serve it over HTTP until SIGTERM or Ctrl-C."""
+    settings, warnings = load_config(given, config_file=config, api_key_file=api_key_file, insecure=insecure)
+    warn_all(warnings)
+    from worker_orcd import worker  # after the settings are known to be good: it takes a second
+
+    raise typer.Exit(worker.run(settings))

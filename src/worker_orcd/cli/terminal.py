@@ -1,0 +1,85 @@
+"""What the commands say to a person: errors in one line, progress as a bar where there is a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Generator, Iterable
+from typing import TypeVar
+
+import typer
+
+from worker_orcd.errors import InvalidConfiguration, WorkerError
+
+Command = TypeVar("Command", bound=Callable[..., None])
+Progress = Callable[[str, int, int], None]  # what is being done, done, in all
+
+
+def reports_errors(command: Command) -> Command:
+    """A decorator: an expected failure is one line on stderr and an exit status, never a traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: object, **options: object) -> None:
+        try:
+            command(*args, **options)
+        except WorkerError as error:
+            print(f"error {error.code}: {error.message}", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, InvalidConfiguration) else 1) from None
+        except BrokenPipeError:  # `worker-orcd inspect … | head`
+            sys.stdout = None  # nothing is left to flush to
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return wrapper  # pyright: ignore[reportReturnType]
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def warn_all(messages: Iterable[str]) -> None:
+    for message in messages:
+        warn(message)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Generator[Progress]:
+    """A bar on stderr if that is a terminal, else a line whenever another quarter is done."""
+    if sys.stderr.isatty():
+        with _drawn() as report:
+            yield report
+    else:
+        yield _told_in_quarters()
+
+
+@contextlib.contextmanager
+def _drawn() -> Generator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+    tasks: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[stage] = bar.add_task(stage, total=total or None)
+            bar.update(tasks[stage], completed=done, total=total or None)
+
+        yield report
+
+
+def _told_in_quarters() -> Progress:
+    told: dict[str, int] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        quarter = 4 * done // total if total else 0
+        if quarter > told.get(stage, -1):
+            told[stage] = quarter
+            print(f"{stage}: {25 * quarter} %", file=sys.stderr, flush=True)
+
+    return report
