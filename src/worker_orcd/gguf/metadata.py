@@ -1,4 +1,4 @@
-"""GGUF metadata with typed getters: each names the missing or wrong key, what was found and what is allowed."""
+"""GGUF metadata with typed getters: each names the missing or wrong key, what was found, what is allowed."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ def describe(value: Value) -> str:
     if isinstance(value, str):
         return f"the string {quoted(value)}"
     if isinstance(value, list):
-        kind = (
-            "strings" if value and isinstance(value[0], str) else "arrays" if value else "strings or arrays"
-        )
-        return f"an array of {len(value)} {kind}"
+        return f"an array of {len(value)} {'strings' if value and isinstance(value[0], str) else 'items'}"
     return f"an array of {value.size} {value.dtype.name}"
 
 

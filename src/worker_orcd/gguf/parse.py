@@ -1,8 +1,8 @@
 """Header, metadata and tensor table of one GGUF file, read from untrusted bytes.
 
 Every count and length is compared with the bytes that are left before anything of that size is read or
-allocated; sizes are Python integers, so nothing wraps. Errors are InvalidModelFile or UnsupportedFormat and name
-the key or tensor.
+allocated; sizes are Python integers, so nothing wraps. Errors are InvalidModelFile or UnsupportedFormat and
+name the key or tensor.
 """
 
 from __future__ import annotations
@@ -105,32 +105,30 @@ class Cursor:
         if num_bytes <= left:
             return
         if self.truncated:
-            self.fail(
-                f"{what} needs {num_bytes} bytes at byte {self.position}, but the file has only {left} more"
-            )
+            self.fail(f"{what} needs {num_bytes} bytes at byte {self.position}, but only {left} are left")
         self.fail(
             f"{what} ends after byte {self.position + num_bytes}, "
             f"but metadata and tensor table may take at most {MAX_HEADER_BYTES} bytes"
         )
 
-    def bytes(self, num_bytes: int, what: str) -> bytes:
+    def take(self, num_bytes: int, what: str) -> bytes:
         self.need(num_bytes, what)
         start = self.position
         self.position = start + num_bytes
         return self.data[start : self.position]
 
     def u32(self, what: str) -> int:
-        return int.from_bytes(self.bytes(4, what), "little")
+        return int.from_bytes(self.take(4, what), "little")
 
     def u64(self, what: str) -> int:
-        return int.from_bytes(self.bytes(8, what), "little")
+        return int.from_bytes(self.take(8, what), "little")
 
     def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         length = self.u64(what)
         if length > limit:
             self.fail(f"{what} is {length} bytes long; at most {limit} are allowed")
         try:
-            return str(self.bytes(length, what), "utf-8")
+            return str(self.take(length, what), "utf-8")
         except UnicodeDecodeError as error:
             self.fail(f"{what} is not valid UTF-8 (byte {error.start} of {length})")
 
@@ -151,7 +149,7 @@ class Cursor:
                 self.position = start
                 limit = min(MAX_STRING_BYTES, max(0, end - start))
                 self.fail(
-                    f"{what}, string {index}, is {position - start} bytes long; at most {limit} are possible"
+                    f"{what}, string {index}, has {position - start} bytes; at most {limit} are possible"
                 )
             try:
                 found.append(str(data[start:position], "utf-8"))
@@ -165,7 +163,7 @@ def read_header(cursor: Cursor) -> tuple[int, int, int]:
     """Version, number of tensors, number of keys."""
     if cursor.end < HEADER_BYTES:
         cursor.fail(f"a GGUF file has at least {HEADER_BYTES} bytes, this one {cursor.end}")
-    magic = cursor.bytes(4, "magic number")
+    magic = cursor.take(4, "magic number")
     if magic != MAGIC:
         cursor.fail(f"not a GGUF file: it starts with {magic!r} instead of {MAGIC!r}")
     version = cursor.u32("version")
@@ -211,12 +209,12 @@ def read_value(cursor: Cursor, kind: ValueType, what: str) -> Value:
     if kind is ValueType.ARRAY:
         return read_array(cursor, what, 1)
     if kind is ValueType.BOOL:
-        (byte,) = cursor.bytes(1, what)
+        (byte,) = cursor.take(1, what)
         if byte > 1:
             cursor.fail(f"{what} is a boolean stored as {byte}; allowed: 0 and 1")
         return byte == 1
     layout = SCALARS[kind]
-    return layout.unpack(cursor.bytes(layout.size, what))[0]
+    return layout.unpack(cursor.take(layout.size, what))[0]
 
 
 def read_array(cursor: Cursor, what: str, depth: int) -> Value:
@@ -234,7 +232,7 @@ def read_array(cursor: Cursor, what: str, depth: int) -> Value:
     dtype = DTYPES[kind]
     cursor.need(count * dtype.itemsize, what)
     stored = np.uint8 if kind is ValueType.BOOL else dtype
-    array = np.frombuffer(cursor.bytes(count * dtype.itemsize, what), stored)  # (count,), owns its bytes
+    array = np.frombuffer(cursor.take(count * dtype.itemsize, what), stored)  # (count,), owns its bytes
     if kind is ValueType.BOOL and array.size and array.max() > 1:
         cursor.fail(f"{what} holds a boolean stored as {array.max()}; allowed: 0 and 1")
     return array.view(dtype)
@@ -258,8 +256,8 @@ def read_tensor(cursor: Cursor) -> Entry:
     num_dims = cursor.u32(what)
     if not 1 <= num_dims <= MAX_DIMS:
         cursor.fail(f"{what} has {num_dims} dimensions; allowed: 1 to {MAX_DIMS}")
-    dims: tuple[int, ...] = struct.unpack(f"<{num_dims}Q", cursor.bytes(8 * num_dims, what))
-    ggml_type, offset = struct.unpack("<IQ", cursor.bytes(12, what))
+    dims: tuple[int, ...] = struct.unpack(f"<{num_dims}Q", cursor.take(8 * num_dims, what))
+    ggml_type, offset = struct.unpack("<IQ", cursor.take(12, what))
     if 0 in dims or math.prod(dims) >= 2**63:
         cursor.fail(f"{what} has dimensions {dims}; each must be at least 1 and their product below 2^63")
     return Entry(name, dims, ggml_type, offset)
@@ -276,17 +274,13 @@ def place(cursor: Cursor, entry: Entry, start: int, alignment: int, size: int, p
             f"{cursor.label}: {what} has type {entry.ggml_type} ({found}); supported: {supported}"
         )
     if entry.dims[0] % kind.block_size:
-        cursor.fail(
-            f"{what} has rows of {entry.dims[0]} weights; {kind.name} needs a multiple of {kind.block_size}"
-        )
+        cursor.fail(f"{what} has rows of {entry.dims[0]}; {kind.name} needs a multiple of {kind.block_size}")
     if entry.offset % alignment:
         cursor.fail(f"{what} has offset {entry.offset}, which is not a multiple of the alignment {alignment}")
     nbytes = math.prod(entry.dims) // kind.block_size * kind.type_size
     offset = start + entry.offset
     if offset + nbytes > size:
-        cursor.fail(
-            f"{what} needs bytes {offset} to {offset + nbytes}, but the file has {size}; it may be truncated"
-        )
+        cursor.fail(f"{what} ends at byte {offset + nbytes}, but the file has {size}; it may be truncated")
     return TensorInfo(entry.name, entry.dims[::-1], entry.ggml_type, offset, nbytes, part)
 
 

@@ -32,8 +32,8 @@ PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5}
 class GGUFFile:
     """Owns the mapping. Everything in it has been checked before the constructor returns.
 
-    Raises InvalidModelFile (naming the key or tensor), UnsupportedFormat (naming a tensor's type), ModelNotFound,
-    or InsufficientMemory where this process may not map the file; never anything else.
+    Raises InvalidModelFile (naming the key or tensor), UnsupportedFormat (naming a tensor's type),
+    ModelNotFound, or InsufficientMemory where this process may not map the file; never anything else.
     A split model is opened by its first part, `…-00001-of-0000N.gguf`; the others lie beside it.
     """
 

@@ -1,7 +1,7 @@
 """The numbers of the GGUF format: value types, tensor types, and the bounds we hold a file to.
 
-After the GGUF specification (ggml, docs/gguf.md). The bounds are far above every published model and low enough
-that a hostile file costs less than a second and a gigabyte.
+After the GGUF specification (ggml, docs/gguf.md). The bounds are far above every published model and low
+enough that a hostile file costs less than a second and a gigabyte.
 """
 
 from __future__ import annotations
