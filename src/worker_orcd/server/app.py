@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from worker_orcd.config import ServerConfig
+from worker_orcd.narration import Narration
 from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.status import Status
 
@@ -16,6 +17,7 @@ def create_app(
     status: Status,
     metrics: Metrics,
     *,
+    narration: Narration,
     request_shutdown: Callable[[], None],
 ) -> FastAPI:
     """The application. It can listen before the model is loaded: `status.loaded(...)` makes it serve jobs.

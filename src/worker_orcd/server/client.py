@@ -136,7 +136,7 @@ class EngineClient:
             raise DuplicateJob(f"job_id {job_id!r} is already waiting or running", param="job_id")
         if num_sequences > self._max_queue:
             raise InvalidParameter(
-                f"the request asks for {num_sequences} sequences at once; at most {self._max_queue} are taken",
+                f"the request asks for {num_sequences} sequences at once; at most {self._max_queue} are run",
                 param="n",
             )
         if self._num_admitted + num_sequences > self._max_queue:

@@ -1,8 +1,8 @@
 """What the worker did, for Prometheus, under the names that SPEC §9 promises.
 
-`Metrics` is the engine's StepObserver. Engine and event loop each write their own accumulators (plain integers
-and bucket counts, a few hundred nanoseconds an event) and only a scrape makes Prometheus objects of them, so
-the hot paths take no lock.
+`Metrics` is the engine's StepObserver. Engine and event loop each write their own accumulators (plain
+integers and bucket counts, a few hundred nanoseconds an event) and only a scrape makes Prometheus objects of
+them, so the hot paths take no lock.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ class Metrics(Collector):
     def __init__(self, status: Status) -> None:
         self._status = status
         self._registry = CollectorRegistry(auto_describe=False)
-        self.last_step: StepStats | None = None  # gauges, as the engine's last step left them
         # Written by the engine thread.
         self._step_seconds = Histogram(_SECONDS)
         self._step_rows = Histogram(_ROWS)
@@ -89,7 +88,6 @@ class Metrics(Collector):
 
     def on_step(self, stats: StepStats) -> None:
         """Take note of a step. Called on the engine thread."""
-        self.last_step = stats
         self._step_seconds.observe(stats.seconds)
         self._step_rows.observe(stats.num_rows)
         self._step_tokens.observe(stats.num_tokens)
@@ -174,18 +172,19 @@ class Metrics(Collector):
         )
 
     def running_and_waiting(self) -> tuple[int, int]:
-        """Admitted sequences split by the engine's last step; (0, 0) when nothing is admitted."""
+        """Admitted sequences, split as the engine's last step left them; (0, 0) when nothing is admitted."""
         serving = self._status.serving
-        admitted = serving.client.num_admitted if serving is not None else 0
-        running = min(admitted, self.last_step.num_running if self.last_step is not None else 0)
-        return running, admitted - running
+        if serving is None:
+            return 0, 0
+        running = min(serving.client.num_admitted, serving.snapshot().num_running)
+        return running, serving.client.num_admitted - running
 
     def kv_blocks(self) -> tuple[int, int]:
         """(total, free) blocks of the KV cache; (0, 0) before the model is loaded."""
         if self._status.serving is None:
             return 0, 0
-        total = self._status.serving.facts.kv_blocks_total
-        return total, total if self.last_step is None else self.last_step.kv_blocks_free
+        snapshot = self._status.serving.snapshot()
+        return snapshot.kv_blocks_total, snapshot.kv_blocks_free
 
 
 def _counter(name: str, text: str, value: float) -> CounterMetricFamily:

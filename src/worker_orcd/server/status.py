@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from worker_orcd.engine.messages import EngineSnapshot
 from worker_orcd.errors import Draining, LoadError, NotReady, QueueFull, Unavailable, WorkerError
 from worker_orcd.server.client import EngineClient
 from worker_orcd.text.chat import ChatTemplate
@@ -67,6 +69,7 @@ class Serving:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     client: EngineClient
+    snapshot: Callable[[], EngineSnapshot]  # the engine's counts as its last step left them
     no_chat_template: str = "the model file has no chat template"  # why, when `chat_template` is None
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds, for /v1/models
 
