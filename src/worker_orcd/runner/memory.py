@@ -1,0 +1,64 @@
+"""How much memory this process may still take: the machine's, and its control group's (a container)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path("/")
+
+
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes. The least of what the system has and what each control group above this process has left.
+
+    File pages count as available: they are given back when somebody needs memory.
+    """
+    return max(0, min([psutil.virtual_memory().available, *_group_headrooms(root)]))
+
+
+def _group_headrooms(root: Path) -> list[int]:
+    """What is left under each limit; of cgroup v2 and v1, whichever is there."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    headrooms: list[int] = []
+    for line in lines:
+        _number, controllers, path = line.split(":", 2)
+        if controllers == "":
+            headrooms += _headrooms(root / "sys/fs/cgroup", path, "memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            headrooms += _headrooms(root / "sys/fs/cgroup/memory", path, *names)
+    return headrooms
+
+
+def _headrooms(mount: Path, path: str, limit_name: str, usage_name: str) -> list[int]:
+    """Of the group at `path` and of every group above it that this process can see."""
+    group = mount / path.strip("/")
+    headrooms: list[int] = []
+    for directory in (group, *group.parents):
+        if directory == mount.parent:
+            break
+        limit, usage = _number(directory / limit_name), _number(directory / usage_name)
+        if limit is not None and usage is not None:
+            headrooms.append(limit - usage + _file_bytes(directory / "memory.stat"))
+    return headrooms
+
+
+def _number(path: Path) -> int | None:
+    """None where the file is absent or says "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _file_bytes(path: Path) -> int:
+    """Page cache of files that the group is charged for."""
+    try:
+        stat = dict(line.split() for line in path.read_text().splitlines())
+        return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,187 @@
+"""
+What model, workspace and KV cache will take of a device's memory, decided before anything is loaded.
+
+* The worker may use `memory_fraction` of what is available before loading. Weights and workspace come first.
+* The KV cache is `kv_cache_size_mb` where that is set. Otherwise it is what can be used, not what there is:
+  2048 tokens (or the context, if shorter) for each of `max_num_seqs` sequences, or one sequence of full
+  length if that is more, as far as memory allows. A laptop's memory is not taken for a cache nobody fills.
+* One sequence of `max_model_len` tokens always fits, beside the null block. Where the length was not asked
+  for it shrinks to what fits, and a note says so; where it was, too little memory is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker_orcd.config import DeviceConfig, EngineConfig
+from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
+from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.kernels.backend import Limits
+from worker_orcd.model.config import ModelConfig
+
+TOKENS_PER_SEQUENCE = 2048  # of KV cache, for each sequence that may run at a time
+MIN_MODEL_LEN = 256  # a context that memory cuts shorter than this serves nobody
+
+_MIB = 1 << 20
+
+
+class BackendSizes(Protocol):
+    """The part of a Backend that a plan asks."""
+
+    name: str
+
+    def cache_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int: ...
+
+    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    device: str  # a backend's name
+    available_bytes: int  # before anything was loaded
+    usable_bytes: int  # the part of it that the worker may take
+    weights_bytes: int
+    workspace_bytes: int
+    kv_block_bytes: int  # of one block, over all layers
+    block_size: int  # tokens in a block
+    num_blocks: int  # the null block included
+    max_model_len: int  # tokens of the longest sequence
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_blocks * self.kv_block_bytes
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """How many tokens the cache holds; the null block holds none."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.workspace_bytes + self.kv_cache_bytes
+
+    def limits(self, engine: EngineConfig) -> Limits:
+        return _limits(engine, self.max_model_len)
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(what, bytes, remark) for a table; the last row is the available memory."""
+        blocks = f"{self.num_blocks} blocks of {self.block_size}: {self.kv_cache_tokens} tokens"
+        return [
+            ("weights", self.weights_bytes, "as in the file"),
+            ("workspace", self.workspace_bytes, "activations and logits"),
+            ("KV cache", self.kv_cache_bytes, f"{blocks}, longest sequence {self.max_model_len}"),
+            ("total", self.total_bytes, f"of {mib(self.usable_bytes)} that may be used"),
+            ("available", self.available_bytes, f"on {self.device}, before loading"),
+        ]
+
+
+def make_plan(
+    config: ModelConfig,
+    weights_bytes: int,
+    sizes: BackendSizes,
+    engine: EngineConfig,
+    device: DeviceConfig,
+    available_bytes: int,
+) -> MemoryPlan:
+    """Pure: nothing is measured or allocated. Raises InsufficientMemory or InvalidConfiguration.
+
+    `weights_bytes`: see `tensor_bytes`. `available_bytes`: of the device, before the weights are loaded; see
+    `memory.available_memory` for the CPU.
+    """
+    wanted_len = _wanted_model_len(config, engine)
+    shortest_len = min(wanted_len, MIN_MODEL_LEN) if engine.max_model_len is None else wanted_len
+    block_bytes = sum(
+        sizes.cache_block_bytes(engine.block_size, layer.attention.num_kv_heads, layer.attention.head_dim)
+        for layer in config.layers
+    )
+    workspace_bytes = sizes.workspace_bytes(_limits(engine, wanted_len), _widest(config), config.vocab_size)
+    usable_bytes = int(available_bytes * device.memory_fraction)
+    num_fitting = (usable_bytes - weights_bytes - workspace_bytes) // block_bytes  # may be negative
+    num_least = 1 + _num_blocks(shortest_len, engine)
+    if device.kv_cache_size_mb is None:
+        num_blocks = min(_wanted_blocks(wanted_len, engine), num_fitting)
+    else:
+        num_blocks = device.kv_cache_size_mb * _MIB // block_bytes
+        if num_blocks < num_least:
+            raise InsufficientMemory(
+                f"a KV cache of {device.kv_cache_size_mb} MiB cannot hold a sequence of {shortest_len} tokens "
+                f"of {config.name!r} on {sizes.name}; {mib(num_least * block_bytes)} would"
+            )
+        num_least = num_blocks
+    if num_fitting < num_least:
+        required = weights_bytes + workspace_bytes + num_least * block_bytes
+        raise InsufficientMemory(
+            f"{config.name!r} requires {mib(required)} ({mib(weights_bytes)} of weights, "
+            f"{mib(workspace_bytes)} of workspace, {mib(num_least * block_bytes)} of KV cache), but of "
+            f"{mib(available_bytes)} available on {sizes.name} it may use {mib(usable_bytes)} "
+            f"(memory fraction {device.memory_fraction:g})"
+        )
+    max_model_len = min(wanted_len, (num_blocks - 1) * engine.block_size)
+    return MemoryPlan(
+        device=sizes.name,
+        available_bytes=available_bytes,
+        usable_bytes=usable_bytes,
+        weights_bytes=weights_bytes,
+        workspace_bytes=workspace_bytes,
+        kv_block_bytes=block_bytes,
+        block_size=engine.block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        notes=_notes(config, wanted_len, max_model_len),
+    )
+
+
+def tensor_bytes(file: GGUFFile) -> int:
+    """What the file's tensors take as they are stored."""
+    return sum(info.nbytes for info in file.tensors.values())
+
+
+def mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.1f} MiB"
+
+
+def _wanted_model_len(config: ModelConfig, engine: EngineConfig) -> int:
+    if engine.max_model_len is None:
+        return config.context_length
+    if not 1 <= engine.max_model_len <= config.context_length:
+        raise InvalidConfiguration(
+            f"max_model_len is {engine.max_model_len}; {config.name!r} allows 1 to {config.context_length}"
+        )
+    return engine.max_model_len
+
+
+def _num_blocks(num_tokens: int, engine: EngineConfig) -> int:
+    return -(-num_tokens // engine.block_size)
+
+
+def _wanted_blocks(model_len: int, engine: EngineConfig) -> int:
+    each = _num_blocks(min(model_len, TOKENS_PER_SEQUENCE), engine)
+    return 1 + max(engine.max_num_seqs * each, _num_blocks(model_len, engine))
+
+
+def _limits(engine: EngineConfig, model_len: int) -> Limits:
+    return Limits(
+        max_tokens=engine.max_num_batched_tokens,
+        max_rows=engine.max_num_seqs,
+        max_blocks_per_row=_num_blocks(model_len, engine),
+        block_size=engine.block_size,
+    )
+
+
+def _widest(config: ModelConfig) -> int:
+    """The widest activation: q, k and v, or gate and up."""
+    widths = [config.dim]
+    for layer in config.layers:
+        attention = layer.attention
+        widths.append((attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim)
+        widths.append(2 * layer.ffn_dim)
+    return max(widths)
+
+
+def _notes(config: ModelConfig, wanted_len: int, max_model_len: int) -> tuple[str, ...]:
+    if max_model_len == wanted_len:
+        return ()
+    trained = f"{config.name!r} was trained for {wanted_len} tokens"
+    return (f"{trained}; memory holds {max_model_len}, so longer requests are refused",)

@@ -1,0 +1,97 @@
+"""
+Runs steps: fills the inputs, computes the logits, draws the tokens. Owns the KV cache's tensors.
+
+Used by one thread. One step is under way at a time, from `launch` to the end of its `wait`. A device without
+a queue of its own computes in `wait`, so that the engine publishes the tokens of the step before first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.config import EngineConfig
+from worker_orcd.errors import EngineError, Internal, OutOfMemory
+from worker_orcd.kernels.backend import Backend, BatchInputs, Counts, Tensor
+from worker_orcd.model.decoder import Decoder
+from worker_orcd.runner.batch import Batch
+from worker_orcd.runner.kv_cache import allocate_kv_cache
+from worker_orcd.runner.plan import MemoryPlan
+from worker_orcd.runner.sampler import Draw, sample
+from worker_orcd.sequence import PendingStep, RowResult, Step
+
+
+class ModelRunner:
+    """Implements `sequence.Runner` with a decoder on a backend. Raises InsufficientMemory when built."""
+
+    def __init__(
+        self, decoder: Decoder, backend: Backend, plan: MemoryPlan, engine_config: EngineConfig
+    ) -> None:
+        config = decoder.config
+        self.config = config
+        self.plan = plan
+        self.vocab_size = config.vocab_size
+        self.limits = plan.limits(engine_config)
+        caches = allocate_kv_cache(backend, config, plan.num_blocks, plan.block_size)
+        inputs = backend.allocate_inputs(self.limits)
+
+        def forward(inputs: BatchInputs) -> Tensor:
+            return decoder.forward(inputs, caches)
+
+        self._batch = Batch(inputs, self.limits, num_blocks=plan.num_blocks, vocab_size=config.vocab_size)
+        self._compiled = backend.compile(forward, inputs, self.limits)
+        self._busy = False
+
+    def launch(self, step: Step) -> PendingStep:
+        """Copy what the step needs; its sequences may change afterwards. Raises Internal."""
+        counts = self._begin(step, every_logit=False)
+        draws = [Draw.of(row.sequence) if row.samples else None for row in step.rows]
+        return _PendingStep(self._finish, counts, draws)
+
+    def logits(self, step: Step) -> NDArray[np.float32]:
+        """(num_tokens, vocab_size): compute the step and return every token's logits, a copy.
+
+        At most `limits.max_rows` tokens. Raises EngineError.
+        """
+        return self._finish(self._begin(step, every_logit=True)).copy()
+
+    def _begin(self, step: Step, *, every_logit: bool) -> Counts:
+        if self._busy:
+            raise Internal("a step was launched while another was under way")
+        counts = self._batch.fill(step, every_logit=every_logit)
+        self._busy = True
+        return counts
+
+    def _finish(self, counts: Counts) -> NDArray[np.float32]:
+        """(num_logits, vocab_size), valid until the next step."""
+        try:
+            return self._compiled(counts).numpy()
+        except EngineError:
+            raise
+        except MemoryError as error:
+            raise OutOfMemory("the step ran out of memory") from error
+        except Exception as error:  # whatever a backend raises, the engine is told in its own terms
+            raise Internal(f"the step failed with {type(error).__name__}") from error
+        finally:
+            self._busy = False
+
+
+class _PendingStep:
+    """Implements `sequence.PendingStep`: computes and draws when waited for, once."""
+
+    def __init__(
+        self, finish: Callable[[Counts], NDArray[np.float32]], counts: Counts, draws: list[Draw | None]
+    ) -> None:
+        self._finish = finish
+        self._counts = counts
+        self._draws = draws
+        self._waited = False
+
+    def wait(self) -> list[RowResult]:
+        if self._waited:
+            raise Internal("a step was waited for twice")
+        self._waited = True
+        logits = iter(self._finish(self._counts))
+        return [None if draw is None else sample(next(logits), draw) for draw in self._draws]
