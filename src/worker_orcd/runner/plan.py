@@ -106,8 +106,8 @@ def make_plan(
         num_blocks = device.kv_cache_size_mb * _MIB // block_bytes
         if num_blocks < num_least:
             raise InsufficientMemory(
-                f"a KV cache of {device.kv_cache_size_mb} MiB cannot hold a sequence of {shortest_len} tokens "
-                f"of {config.name!r} on {sizes.name}; {mib(num_least * block_bytes)} would"
+                f"a KV cache of {device.kv_cache_size_mb} MiB cannot hold a sequence of {shortest_len} "
+                f"tokens of {config.name!r} on {sizes.name}; {mib(num_least * block_bytes)} would"
             )
         num_least = num_blocks
     if num_fitting < num_least:

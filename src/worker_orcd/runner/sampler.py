@@ -79,8 +79,8 @@ def sample(logits: Logits, draw: Draw) -> SampledToken | RowFailure:
 def adjusted(logits: Logits, draw: Draw) -> Logits:
     """Penalties, then logit bias, then excluded tokens: a copy where anything changes, else `logits` itself.
 
-    Repetition (Keskar et al. 2019, as in transformers) divides positive logits and multiplies negative ones of
-    tokens in prompt or output; presence and frequency (as in OpenAI's API) subtract for tokens of the output.
+    Repetition (Keskar et al. 2019, as in transformers) divides positive logits and multiplies negative ones
+    of tokens in prompt or output; presence and frequency (as in OpenAI's API) subtract for tokens of the output.
     """
     params = draw.params
     if draw.token_ids is None and not params.logit_bias and not draw.excluded:
@@ -142,9 +142,7 @@ def falling(values: Logits) -> TokenIds:
     bits = (values + np.float32(0)).view(np.uint32)  # adding 0 makes one zero of two
     negative = bits >> 31 != 0
     keys = np.where(negative, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)  # the higher, the lower
-    keys = np.sort(
-        keys << np.uint64(32) | np.arange(len(values), dtype=np.uint64)
-    )  # unique: any sort will do
+    keys = np.sort(keys << np.uint64(32) | np.arange(len(values), dtype=np.uint64))  # unique keys: any sort
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
@@ -159,10 +157,10 @@ def _invert(weights: NDArray[np.float64], fraction: float) -> int:
 
 def _with_logprobs(logits: Logits, token_id: int, count: int) -> SampledToken | RowFailure:
     values = logits.astype(np.float64)
-    highest = float(values.max())
+    highest = float(values[values.argmax()])
     if not math.isfinite(highest):
         return _failure(logits)
-    normaliser = highest + math.log(np.exp(values - highest).sum())
+    normaliser = highest + math.log(float(np.sum(np.exp(values - highest))))
     count = min(count, len(logits))
     ids = _top_k(logits, count) if count else np.arange(0)
     ids = ids[falling(logits[ids])]
