@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.errors import InvalidModelFile, UnsupportedFormat
+from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile, TensorInfo
 from worker_orcd.model.config import LayerConfig, ModelConfig
 from worker_orcd.quant import BY_NAME, FORMATS, WeightFormat
@@ -65,21 +66,21 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     unknown = [name for name in file.tensors if name not in expected and name not in config.unused_tensors]
     if unknown:
         raise InvalidModelFile(
-            f"tensor {unknown[0]!r} ({len(unknown)} such in all) has no place in a model of "
-            f"architecture {config.architecture!r}"
+            f"tensor {quoted(unknown[0])} has no place in a {config.architecture} model; neither have "
+            f"{len(unknown) - 1} others"
         )
 
 
 def check_tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> TensorInfo:
     info = file.tensors.get(name)
     if info is None:
-        raise InvalidModelFile(f"tensor {name!r} is missing; expected shape {shape}")
+        raise InvalidModelFile(f"tensor '{name}' is missing; expected shape {shape}")
     if info.shape != shape:
-        raise InvalidModelFile(f"tensor {name!r} has shape {info.shape}; expected {shape}")
+        raise InvalidModelFile(f"tensor '{name}' has shape {info.shape}; expected {shape}")
     weight_format = format_of(info)
     if shape[-1] % weight_format.block_size:
         raise InvalidModelFile(
-            f"tensor {name!r} has rows of {shape[-1]} weights; {weight_format.name} needs a multiple of "
+            f"tensor '{name}' has rows of {shape[-1]} weights; {weight_format.name} needs a multiple of "
             f"{weight_format.block_size}"
         )
     return info
@@ -90,7 +91,7 @@ def format_of(info: TensorInfo) -> WeightFormat:
     weight_format = FORMATS.get(info.ggml_type)
     if weight_format is None:
         raise UnsupportedFormat(
-            f"tensor {info.name!r} has ggml type {info.ggml_type}; supported: {', '.join(BY_NAME)}"
+            f"tensor '{info.name}' has ggml type {info.ggml_type}; supported: {', '.join(BY_NAME)}"
         )
     return weight_format
 

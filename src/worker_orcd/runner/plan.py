@@ -16,6 +16,7 @@ from typing import Protocol
 
 from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
+from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Limits
 from worker_orcd.model.config import ModelConfig
@@ -107,13 +108,13 @@ def make_plan(
         if num_blocks < num_least:
             raise InsufficientMemory(
                 f"a KV cache of {device.kv_cache_size_mb} MiB cannot hold a sequence of {shortest_len} "
-                f"tokens of {config.name!r} on {sizes.name}; {mib(num_least * block_bytes)} would"
+                f"tokens of {quoted(config.name)} on {sizes.name}; {mib(num_least * block_bytes)} would"
             )
         num_least = num_blocks
     if num_fitting < num_least:
         required = weights_bytes + workspace_bytes + num_least * block_bytes
         raise InsufficientMemory(
-            f"{config.name!r} requires {mib(required)} ({mib(weights_bytes)} of weights, "
+            f"{quoted(config.name)} requires {mib(required)} ({mib(weights_bytes)} of weights, "
             f"{mib(workspace_bytes)} of workspace, {mib(num_least * block_bytes)} of KV cache), but of "
             f"{mib(available_bytes)} available on {sizes.name} it may use {mib(usable_bytes)} "
             f"(memory fraction {device.memory_fraction:g})"
@@ -147,7 +148,7 @@ def _wanted_model_len(config: ModelConfig, engine: EngineConfig) -> int:
         return config.context_length
     if not 1 <= engine.max_model_len <= config.context_length:
         raise InvalidConfiguration(
-            f"max_model_len is {engine.max_model_len}; {config.name!r} allows 1 to {config.context_length}"
+            f"max_model_len is {engine.max_model_len}; {quoted(config.name)} allows 1 to {config.context_length}"
         )
     return engine.max_model_len
 
@@ -183,5 +184,5 @@ def _widest(config: ModelConfig) -> int:
 def _notes(config: ModelConfig, wanted_len: int, max_model_len: int) -> tuple[str, ...]:
     if max_model_len == wanted_len:
         return ()
-    trained = f"{config.name!r} was trained for {wanted_len} tokens"
+    trained = f"{quoted(config.name)} was trained for {wanted_len} tokens"
     return (f"{trained}; memory holds {max_model_len}, so longer requests are refused",)

@@ -80,7 +80,7 @@ def adjusted(logits: Logits, draw: Draw) -> Logits:
     """Penalties, then logit bias, then excluded tokens: a copy where anything changes, else `logits` itself.
 
     Repetition (Keskar et al. 2019, as in transformers) divides positive logits and multiplies negative ones
-    of tokens in prompt or output; presence and frequency (as in OpenAI's API) subtract for tokens of the output.
+    of tokens in prompt or output; presence and frequency (OpenAI) subtract for tokens of the output.
     """
     params = draw.params
     if draw.token_ids is None and not params.logit_bias and not draw.excluded:
@@ -149,7 +149,7 @@ def falling(values: Logits) -> TokenIds:
 def _invert(weights: NDArray[np.float64], fraction: float) -> int:
     """The first index whose cumulative weight exceeds `fraction` of the total."""
     cumulative = np.cumsum(weights)
-    total = cumulative[-1]
+    total = float(cumulative[-1])
     index = int(np.searchsorted(cumulative, fraction * total, side="right"))
     # fraction < 1, but its product with the total may round up to the total.
     return min(index, int(np.searchsorted(cumulative, total)))

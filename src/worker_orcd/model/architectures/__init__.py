@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from worker_orcd.errors import UnsupportedArchitecture
+from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.model.architectures import llama, qwen2, qwen3
 from worker_orcd.model.config import ModelConfig
@@ -29,7 +30,7 @@ def configure(file: GGUFFile) -> ModelConfig:
     adapter = _ADAPTERS.get(architecture)
     if adapter is None:
         raise UnsupportedArchitecture(
-            f"general.architecture is {architecture!r}; supported: {', '.join(SUPPORTED)}"
+            f"general.architecture is {quoted(architecture)}; supported: {', '.join(SUPPORTED)}"
         )
     config = adapter(file)
     check_tensors(file, config)

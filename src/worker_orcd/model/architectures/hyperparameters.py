@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.errors import InvalidModelFile, UnsupportedArchitecture
+from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import AttentionParams, RopeParams
 from worker_orcd.model.config import LayerConfig, ModelConfig
@@ -95,7 +96,7 @@ def _refuse_experts(file: GGUFFile, architecture: str) -> None:
     key = f"{architecture}.expert_count"
     if num_experts := file.metadata.optional_integer(key):
         raise UnsupportedArchitecture(
-            f"{key} is {num_experts}: mixtures of experts are not supported for {architecture!r}"
+            f"{key} is {num_experts}: mixtures of experts are not supported for {architecture}"
         )
 
 
@@ -132,7 +133,7 @@ def _vocab_size(file: GGUFFile) -> int:
     table = file.tensors.get(EMBEDDING)
     if table is None or len(table.shape) != 2:
         raise InvalidModelFile(
-            f"tensor {EMBEDDING!r} is {'missing' if table is None else f'of shape {table.shape}'}; "
+            f"tensor '{EMBEDDING}' is {'missing' if table is None else f'of shape {table.shape}'}; "
             "expected (vocabulary, embedding_length)"
         )
     vocab_size = table.shape[0]
@@ -140,7 +141,7 @@ def _vocab_size(file: GGUFFile) -> int:
         num_tokens = len(file.metadata.strings("tokenizer.ggml.tokens"))
         if num_tokens != vocab_size:
             raise InvalidModelFile(
-                f"tensor {EMBEDDING!r} has {vocab_size} rows; expected {num_tokens}, "
+                f"tensor '{EMBEDDING}' has {vocab_size} rows; expected {num_tokens}, "
                 "as many as tokenizer.ggml.tokens has entries"
             )
     return vocab_size
@@ -167,7 +168,7 @@ def _linear_factor(file: GGUFFile, prefix: str) -> float:
     if kind == "none":
         return 1.0
     if kind != "linear":
-        raise UnsupportedArchitecture(f"{prefix}.scaling.type is {kind!r}; supported: none, linear")
+        raise UnsupportedArchitecture(f"{prefix}.scaling.type is {quoted(kind)}; supported: none, linear")
     legacy = metadata.number(f"{prefix}.scale_linear", low=0.0, high=1e6, default=1.0)
     return metadata.number(f"{prefix}.scaling.factor", low=0.0, high=1e6, default=legacy) or 1.0
 
@@ -175,5 +176,5 @@ def _linear_factor(file: GGUFFile, prefix: str) -> float:
 def _rope_factors(file: GGUFFile, count: int) -> NDArray[np.float64]:
     factors = read_vector(file, ROPE_FACTORS, count).astype(np.float64)
     if not np.all(np.isfinite(factors) & (factors > 0)):
-        raise InvalidModelFile(f"tensor {ROPE_FACTORS!r} holds values that are not finite and positive")
+        raise InvalidModelFile(f"tensor '{ROPE_FACTORS}' holds values that are not finite and positive")
     return factors
