@@ -1,0 +1,82 @@
+"""Byte-level BPE (GPT-2's, and of most models since) from a GGUF vocabulary.
+
+Text is UTF-8 bytes, each written as one printable character; words are cut by regular expressions, and in
+each the pair of the lowest merge rank is joined until none is left (Sennrich et al. 2016; Radford et al.
+2019). No Unicode normalisation: GGUF has no key for it, and the published vectors are without. Where a
+model's own `tokenizer.json` normalises (Qwen2.5: NFC), text that is not in that form can get other ids; give
+the tokenizer.json for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from worker_orcd.text.pretokenizers import PRE_TOKENIZERS
+from worker_orcd.text.vocabulary import TokenType, Vocabulary
+
+
+def _alphabet() -> dict[int, str]:
+    """GPT-2's printable character for each byte, as a translation from it to the Latin-1 character of the
+    byte.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    table = {b: chr(b) for b in printable}
+    table.update({0x100 + n: chr(b) for n, b in enumerate(others)})
+    return table
+
+
+def byte_level_bytes(token: str, alphabet: dict[int, str]) -> bytes:
+    """The bytes a token stands for; its own UTF-8 where it is not written in the byte alphabet."""
+    if all(ord(c) in alphabet for c in token):
+        return token.translate(alphabet).encode("latin-1")
+    return token.encode()
+
+
+def all_byte_level_bytes(tokens: list[tuple[str, bool]]) -> list[bytes]:
+    """For (text, is it written in the byte alphabet) pairs."""
+    alphabet = _alphabet()
+    return [byte_level_bytes(text, alphabet) if coded else text.encode() for text, coded in tokens]
+
+
+def build_bpe(vocabulary: Vocabulary) -> tuple[Tokenizer, Tokenizer]:
+    """A tokenizer for text and one that also reads control tokens."""
+    pre = PRE_TOKENIZERS[vocabulary.pre]
+    model = models.BPE(
+        vocab={text: i for i, text in enumerate(vocabulary.tokens)},
+        merges=list(vocabulary.merges),
+        ignore_merges=pre.whole_words,
+    )
+    user = [AddedToken(t, normalized=False) for t in of_type(vocabulary, TokenType.USER_DEFINED)]
+    control = [AddedToken(t, normalized=False) for t in of_type(vocabulary, TokenType.CONTROL)]
+    built: list[Tokenizer] = []
+    for special in ([], control):
+        tokenizer = Tokenizer(model)  # both share the model
+        splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in pre.expressions]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        tokenizer.decoder = decoders.ByteLevel()
+        add_tokens(tokenizer, user=user, control=special)
+        built.append(tokenizer)
+    return built[0], built[1]
+
+
+def add_tokens(
+    tokenizer: Tokenizer, *, user: Sequence[AddedToken] = (), control: Sequence[AddedToken] = ()
+) -> None:
+    """User-defined tokens, found in any text, and control tokens; each already has its id in the model."""
+    tokenizer.add_tokens(list(user))  # pyright: ignore[reportUnknownMemberType]
+    tokenizer.add_special_tokens(list(control))  # pyright: ignore[reportUnknownMemberType]
+
+
+def bpe_bytes(vocabulary: Vocabulary) -> list[bytes]:
+    coded = {TokenType.NORMAL, TokenType.UNUSED}
+    return all_byte_level_bytes(
+        [(text, kind in coded) for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)]
+    )
+
+
+def of_type(vocabulary: Vocabulary, kind: TokenType) -> list[str]:
+    return [text for text, k in zip(vocabulary.tokens, vocabulary.types, strict=True) if k == kind]

@@ -1,0 +1,130 @@
+"""Tokenizers from a `tokenizer.json` file of the Hugging Face library: BPE, byte-level or with byte fallback.
+
+The library reads the file; what would make ids depend on anything but the text (truncation, padding, dropout)
+is turned off, and what each token stands for is worked out from the file's decoder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import AddedToken, Tokenizer
+
+from worker_orcd.errors import InvalidModelFile, ModelNotFound, UnsupportedTokenizer
+from worker_orcd.gguf.metadata import quoted
+from worker_orcd.text.bpe import all_byte_level_bytes
+from worker_orcd.text.spm import piece_bytes
+from worker_orcd.text.vocabulary import BYTE_NAME, MAX_TOKEN_BYTES, MAX_TOKENS
+
+MAX_FILE_BYTES = 256 << 20
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HFJson:
+    plain: Tokenizer  # for text
+    special: Tokenizer  # also reads control tokens
+    tokens: list[str]  # by id; "" where the file has none
+    token_bytes: list[bytes]
+    control: dict[int, AddedToken]
+    strips_leading_space: bool  # the first token of a text starts with a space that is not in it
+    bos_id: int | None  # what the post-processor puts before a text
+
+
+def read_hf_json(path: Path) -> HFJson:
+    """Raises ModelNotFound, InvalidModelFile or UnsupportedTokenizer."""
+    document = _document(path)
+    model = document["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise UnsupportedTokenizer(
+            f"tokenizer.json: the model is {quoted(str(model.get('type')))}; supported is BPE"
+        )
+    byte_level, strips = _decoder(document)
+    model["dropout"] = None
+    document["truncation"] = document["padding"] = None
+    text = json.dumps(document, ensure_ascii=False)
+    special, plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
+    plain.encode_special_tokens = True  # set once, before anybody else can see it
+    added = special.get_added_tokens_decoder()
+    tokens = _tokens(special)
+    control = {i: token for i, token in added.items() if token.special}
+    if byte_level:
+        stand_for = all_byte_level_bytes([(t, i not in added) for i, t in enumerate(tokens)])
+    else:
+        stand_for = [
+            piece_bytes(t, is_byte=BYTE_NAME.fullmatch(t) is not None, is_text=i not in added)
+            for i, t in enumerate(tokens)
+        ]
+    before = special.encode("", add_special_tokens=True).ids
+    return HFJson(
+        plain=plain,
+        special=special,
+        tokens=tokens,
+        token_bytes=stand_for,
+        control=control,
+        strips_leading_space=strips,
+        bos_id=before[0] if before and before[0] in control else None,
+    )
+
+
+def _document(path: Path) -> Json:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ModelNotFound(f"tokenizer.json cannot be read: {error.strerror}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise InvalidModelFile(f"tokenizer.json is larger than {MAX_FILE_BYTES} bytes")
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InvalidModelFile("tokenizer.json is not JSON") from None
+    if not isinstance(document, dict) or not isinstance(cast(Json, document).get("model"), dict):
+        raise InvalidModelFile("tokenizer.json has no `model` object")
+    return cast(Json, document)
+
+
+def _decoder(document: Json) -> tuple[bool, bool]:
+    """Whether tokens are written in the byte alphabet, and whether a text's leading space is dropped."""
+    decoder = document.get("decoder")
+    steps: list[Json] = []
+    if isinstance(decoder, dict):
+        found = cast(Json, decoder)
+        steps = cast(list[Json], found.get("decoders", [])) if found.get("type") == "Sequence" else [found]
+    kinds = [step.get("type") for step in steps]
+    if "ByteLevel" in kinds:
+        return True, False
+    if "ByteFallback" in kinds or "Metaspace" in kinds:
+        strips = any(
+            (step.get("type") == "Strip" and step.get("content") == " " and step.get("start"))
+            or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in steps
+        )
+        return False, strips
+    raise UnsupportedTokenizer(
+        f"tokenizer.json: the decoder is {quoted(str(kinds))}; "
+        "supported are ByteLevel, ByteFallback and Metaspace"
+    )
+
+
+def _tokens(tokenizer: Tokenizer) -> list[str]:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise InvalidModelFile("tokenizer.json: model.vocab is empty")
+    size = max(vocabulary.values()) + 1
+    if size > MAX_TOKENS:
+        raise InvalidModelFile(
+            f"tokenizer.json: model.vocab has id {size - 1}; allowed are ids below {MAX_TOKENS}"
+        )
+    tokens = [""] * size
+    for text, i in vocabulary.items():
+        if len(text.encode("utf-8", "replace")) > MAX_TOKEN_BYTES:
+            raise InvalidModelFile(f"tokenizer.json: token {i} is longer than {MAX_TOKEN_BYTES} bytes")
+        if tokens[i]:
+            raise InvalidModelFile(f"tokenizer.json: two tokens have id {i}")
+        tokens[i] = text
+    return tokens
