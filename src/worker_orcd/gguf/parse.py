@@ -20,6 +20,7 @@ from worker_orcd.gguf.metadata import Metadata, Value, quoted
 from worker_orcd.gguf.types import (
     DEFAULT_ALIGNMENT,
     DTYPES,
+    LAYOUTS,
     MAGIC,
     MAX_ALIGNMENT,
     MAX_DIMS,
@@ -41,7 +42,6 @@ from worker_orcd.gguf.types import (
 HEADER_BYTES = 24  # magic, version, number of tensors, number of keys
 MIN_KEY_VALUE_BYTES = 14  # length, one character, type, one byte
 MIN_TENSOR_BYTES = 33  # length, one character, number of dimensions, one of them, type, offset
-SCALARS = {kind: struct.Struct(f"<{dtype.char}") for kind, dtype in DTYPES.items() if dtype.kind in "iuf"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def read_value(cursor: Cursor, kind: ValueType, what: str) -> Value:
         if byte > 1:
             cursor.fail(f"{what} is a boolean stored as {byte}; allowed: 0 and 1")
         return byte == 1
-    layout = SCALARS[kind]
+    layout = LAYOUTS[kind]
     return layout.unpack(cursor.take(layout.size, what))[0]
 
 

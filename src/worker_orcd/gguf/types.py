@@ -7,6 +7,7 @@ enough that a hostile file costs less than a second and a gigabyte.
 from __future__ import annotations
 
 import enum
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ class ValueType(enum.IntEnum):
     FLOAT64 = 12
 
 
-# Little-endian numpy types of the scalars; a bool is a byte that must be 0 or 1.
+# How the scalars are stored, as numpy has it and as struct has it. A bool is a byte that must be 0 or 1.
 DTYPES: dict[ValueType, np.dtype[np.generic]] = {
     ValueType.UINT8: np.dtype("<u1"),
     ValueType.INT8: np.dtype("<i1"),
@@ -60,6 +61,7 @@ DTYPES: dict[ValueType, np.dtype[np.generic]] = {
     ValueType.INT64: np.dtype("<i8"),
     ValueType.FLOAT64: np.dtype("<f8"),
 }
+LAYOUTS = {kind: struct.Struct(f"<{code}") for kind, code in zip(DTYPES, "BbHhIif?Qqd", strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
