@@ -304,7 +304,7 @@ def _reporting_bar(stage: str, report: Progress) -> type[tqdm[Any]]:
     """A progress bar of the kind huggingface_hub drives, which draws nothing and tells us instead."""
     from tqdm import tqdm
 
-    class ReportingBar(tqdm[Any]):
+    class ReportingBar(tqdm):  # pyright: ignore[reportMissingTypeArgument, reportUnknownVariableType]
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)  # huggingface_hub's own
             options.update(file=io.StringIO(), disable=False, mininterval=0.0)
