@@ -1,0 +1,206 @@
+"""Request bodies: read within limits, parsed strictly, validated with errors that say what was found.
+
+Every error names the field, the value found and what is allowed. JSON is what RFC 8259 says: NaN and Infinity
+are refused (and named as the value of their field), and so is anything nested deeper than 200.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import types
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, from_json
+from starlette.exceptions import HTTPException
+
+from worker_orcd.errors import InvalidParameter, PayloadTooLarge
+from worker_orcd.server.context import ContextOf
+
+BODY_SECONDS = 30.0  # for a client to send its body
+_MAX_SHOWN = 80  # characters of a value in a message
+_MAX_TOLD = 3  # errors in one message
+
+
+class Wire(BaseModel):
+    """A request body. Strict: no text is taken for a number, no 1 for true, no NaN for anything."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    null_is_absent: ClassVar[bool] = False  # whether null leaves a field at its default, as in OpenAI's API
+
+
+M = TypeVar("M", bound=Wire)
+
+
+def json_body(model: type[M], *, may_be_rejected_job: bool = False) -> Callable[..., Awaitable[M]]:
+    """A dependency that reads and validates the body. `may_be_rejected_job`: failing counts as a request."""
+
+    async def read(request: Request, context: ContextOf) -> M:
+        try:
+            data = await read_bytes(request, max_bytes=context.config.max_body_bytes, seconds=BODY_SECONDS)
+            return read_model(model, data)
+        except (InvalidParameter, PayloadTooLarge, HTTPException):
+            if may_be_rejected_job:
+                context.metrics.request_ended("rejected")
+            raise
+
+    return read
+
+
+def describes(model: type[Wire]) -> dict[str, Any]:
+    """For `openapi_extra`: the request body as a schema without references."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    content = {"application/json": {"schema": _inlined(schema, definitions)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inlined(value, definitions) for value in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    fields = cast("dict[str, Any]", schema)
+    if "$ref" in fields:
+        return _inlined(definitions[fields["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in fields.items()}
+
+
+async def read_bytes(request: Request, *, max_bytes: int, seconds: float) -> bytes:
+    """The whole body. Raises PayloadTooLarge as soon as it is known to be, HTTPException 408, 415."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {seconds:g} seconds") from None
+    if size:
+        _require_json(request)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than the {max_bytes} bytes that this worker takes")
+
+
+def _require_json(request: Request) -> None:
+    """A web page can send text/plain or a form to anybody, application/json only with consent (CORS)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"the body must be application/json, not {kind or 'of unknown type'!r}")
+    coding = request.headers.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        raise HTTPException(415, f"the body must not be encoded; found Content-Encoding {coding[:32]!r}")
+
+
+def read_model(model: type[M], data: bytes) -> M:
+    """Bytes to a validated body. Raises InvalidParameter."""
+    if not data.strip():
+        raise InvalidParameter("the body is empty; a JSON object is needed")
+    try:
+        return validate(model, from_json(data, allow_inf_nan=False))
+    except ValueError as error:
+        problem = str(error)
+    try:
+        lenient = from_json(data, allow_inf_nan=True)
+    except ValueError:
+        raise InvalidParameter(f"the body is not valid JSON: {problem}") from None
+    validate(model, lenient)  # names the field, if it is one of ours
+    raise InvalidParameter("the body is not valid JSON: NaN and Infinity are not numbers")
+
+
+def validate(model: type[M], body: object) -> M:
+    """Parsed JSON as `model`. Raises InvalidParameter naming the first fields that are wrong."""
+    if not isinstance(body, dict):
+        raise InvalidParameter(f"the body must be a JSON object, not {shown(body)}")
+    value = cast("dict[str, object]", body)
+    nulls = [name for name, found in value.items() if found is None]
+    if nulls and model.null_is_absent:
+        value = {name: found for name, found in value.items() if found is not None}
+    elif nulls:
+        name = nulls[0][:_MAX_SHOWN]
+        field = model.model_fields.get(name)
+        wanted = f"; allowed: {allowed(field)}, or leave it out" if field is not None else ""
+        raise InvalidParameter(f"{name}: found null{wanted}", param=name)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=True)
+        told = "; ".join(_explain(model, problem) for problem in problems[:_MAX_TOLD])
+        raise InvalidParameter(told, param=_path(problems[0]["loc"])[:_MAX_SHOWN]) from None
+
+
+def _explain(model: type[Wire], problem: ErrorDetails) -> str:
+    path = _path(problem["loc"])
+    match problem["type"]:
+        case "missing":
+            return f"{path} is required"
+        case "extra_forbidden":
+            return (
+                f"{path[:_MAX_SHOWN]}: there is no such field; the fields are {', '.join(model.model_fields)}"
+            )
+        case "value_error" | "assertion_error":
+            prefix = f"{path}: " if path else ""
+            return prefix + problem["msg"].removeprefix("Value error, ")
+        case _:
+            field = model.model_fields.get(str(problem["loc"][0])) if len(problem["loc"]) == 1 else None
+            wanted = allowed(field) if field is not None else problem["msg"]
+            return f"{path}: found {shown(problem['input'])}; allowed: {wanted}"
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def shown(value: object) -> str:
+    """A value as it stood in the JSON, cut to a readable length."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
+
+
+def allowed(field: FieldInfo) -> str:
+    """For people: "a number from 0 to 2"."""
+    if field.description is not None:
+        return field.description
+    kind = _KINDS.get(_plain(field.annotation), "what the documentation says")
+    bounds = {name: getattr(rule, name) for rule in field.metadata for name in _BOUNDS if hasattr(rule, name)}
+    parts = [word.format(bounds[name]) for name, word in _BOUNDS.items() if bounds.get(name) is not None]
+    unit = " characters" if {"min_length", "max_length"} & bounds.keys() else ""
+    return " ".join([kind, *parts]) + unit
+
+
+_KINDS: dict[object, str] = {float: "a number", int: "an integer", str: "text", bool: "true or false"}
+_BOUNDS = {
+    "ge": "from {}",
+    "gt": "above {}",
+    "le": "to {}",
+    "lt": "below {}",
+    "min_length": "of {}",
+    "max_length": "to {}",
+}
+
+
+def _plain(annotation: object) -> object:
+    """The X of X | None."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation

@@ -1,0 +1,34 @@
+"""What the routes share: one frozen object made by `create_app`, and the ways to get at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from anyio import CapacityLimiter
+from fastapi import Depends, Request
+
+from worker_orcd.config import ServerConfig
+from worker_orcd.narration import Narration
+from worker_orcd.server.metrics import Metrics
+from worker_orcd.server.status import Status
+
+MAX_TEXT_THREADS = 4  # that tokenise and render templates at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    config: ServerConfig
+    status: Status
+    metrics: Metrics
+    narration: Narration
+    request_shutdown: Callable[[], None]
+    text_threads: CapacityLimiter
+
+
+async def context_of(request: Request) -> Context:
+    return request.app.state.context
+
+
+ContextOf = Annotated[Context, Depends(context_of)]
