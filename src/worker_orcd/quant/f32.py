@@ -9,7 +9,7 @@ from worker_orcd.quant.format import WeightFormat
 
 
 def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(blocks).view("<f4")
+    return np.array(blocks, order="C").view("<f4")  # a copy: like every format's, the caller may write to it
 
 
 F32 = WeightFormat(name="F32", ggml_type=0, block_size=1, type_size=4, dequantize=dequantize)
