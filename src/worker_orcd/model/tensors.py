@@ -66,8 +66,8 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     unknown = [name for name in file.tensors if name not in expected and name not in config.unused_tensors]
     if unknown:
         raise InvalidModelFile(
-            f"tensor {quoted(unknown[0])} has no place in a {config.architecture} model; neither have "
-            f"{len(unknown) - 1} others"
+            f"tensor {quoted(unknown[0])} has no place in a {config.architecture} model "
+            f"({len(unknown)} such tensors)"
         )
 
 

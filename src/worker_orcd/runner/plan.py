@@ -148,7 +148,8 @@ def _wanted_model_len(config: ModelConfig, engine: EngineConfig) -> int:
         return config.context_length
     if not 1 <= engine.max_model_len <= config.context_length:
         raise InvalidConfiguration(
-            f"max_model_len is {engine.max_model_len}; {quoted(config.name)} allows 1 to {config.context_length}"
+            f"max_model_len is {engine.max_model_len}; {quoted(config.name)} allows 1 to "
+            f"{config.context_length}"
         )
     return engine.max_model_len
 
