@@ -60,7 +60,7 @@ typedef struct {
   int32_t activations;       /* linear: 8, 16 (two int8 planes) or 32 (float) */
   const float *vector;       /* rms_norm: gain [width]; linear: bias [n] or NULL */
   int64_t width;             /* rms_norm: run length; rope, rope_angles: rotary_dim; attention: window, 0 = none */
-  float f0, f1;              /* rms_norm: eps; scale: factor; rope_angles: attention_factor; attention: scale of q.k */
+  float f0, f1;              /* f0: rms_norm: eps; scale: factor; rope_angles: attention_factor; attention: scale of q.k */
   int32_t num_heads, num_kv_heads, head_dim, block_size; /* rope (num_heads, head_dim), store_kv, attention */
   void *cache;               /* store_kv, attention: the layer's blocks */
   int32_t cache_dtype;       /* 0 float32, 1 float16 */
@@ -101,6 +101,11 @@ int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks
 int orcd_plan_elementwise(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks); /* ops.c: all of its kinds */
 int orcd_plan_store_kv(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
 int orcd_plan_attention(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
+
+/* ---- attention.c --------------------------------------------------------------------------------------------- */
+
+/* Bytes of one block of one layer's cache, or -1 for a shape it cannot have (block_size: a multiple of 16). */
+int64_t orcd_cache_block_bytes(int32_t block_size, int32_t num_kv_heads, int32_t head_dim, int32_t cache_dtype);
 
 /* ---- linear.c: packing ------------------------------------------------------------------------------------- */
 
