@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf.quants
 import numpy as np
 import pytest
 from tiny_models import MODELS, Tiny, TinyFile, load_runner, twin_logits
 
+from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.config import EngineConfig
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.runner.scoring import score
+from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 
 PROMPT = np.random.default_rng(7).integers(0, 320, 300).tolist()
 ENGINE = EngineConfig(max_num_seqs=512, max_num_batched_tokens=512)
@@ -26,3 +29,47 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
     assert found.shape == expected.shape
     error = np.abs(found - expected).max(axis=1) / np.ptp(expected, axis=1)  # (300,)
     assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
+def test_chunks_do_not_change_a_bit(name: str, tmp_path: Path):
+    path = TinyFile(MODELS[name]).write(tmp_path / "tiny.gguf")
+    runner = load_runner(path, ReferenceBackend(), ENGINE)
+    whole = score(runner, PROMPT)
+    for chunk in (1, 7, 64):
+        assert np.array_equal(score(runner, PROMPT, chunk), whole), chunk
+
+
+def test_rows_of_a_batch_do_not_change_each_other(tmp_path: Path):
+    path = TinyFile(MODELS["llama"]).write(tmp_path / "tiny.gguf")
+    runner = load_runner(path, ReferenceBackend(), ENGINE)
+    rows = [started(PROMPT[first : first + length], first) for first, length in ((0, 5), (40, 17), (90, 1))]
+    together = runner.logits(Step(tuple(rows)))
+    alone = [runner.logits(Step((row,))) for row in rows]
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+def started(token_ids: list[int], first_block: int) -> Row:
+    sequence = Sequence(
+        id=first_block,
+        token_ids=token_ids,
+        max_tokens=1,
+        stop_token_ids=frozenset(),
+        sampling=SamplingParams(),
+    )
+    sequence.block_ids = [first_block + 1, first_block + 2]
+    return Row(sequence, len(token_ids))
+
+
+def test_fused_weights_of_one_format_and_of_many_agree(tmp_path: Path):
+    mixed = TinyFile(Tiny(architecture="llama"))
+    plain = TinyFile(Tiny(architecture="llama", formats={}))
+    for name, (values, kind) in mixed.tensors.items():
+        decoded = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+        plain.tensors[name] = (decoded.astype(np.float32).reshape(values.shape), GGMLType.F32)
+    runners = [
+        load_runner(file.write(tmp_path / f"{index}.gguf"), ReferenceBackend(), ENGINE)
+        for index, file in enumerate((mixed, plain))
+    ]
+    a, b = (score(runner, PROMPT[:40]) for runner in runners)
+    assert np.array_equal(a, b)

@@ -9,9 +9,9 @@ from typing import Any
 
 import gguf.quants
 import numpy as np
-from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
+from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.gguf.writer import GGUFWriter

@@ -65,15 +65,25 @@ class Hyperparameters:
         )
 
 
-def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
-    """Raises InvalidModelFile or UnsupportedArchitecture, naming the key and what was found."""
+def read_hyperparameters(file: GGUFFile, *, may_slide: bool = False) -> Hyperparameters:
+    """Raises InvalidModelFile or UnsupportedArchitecture, naming the key and what was found.
+
+    `may_slide`: a sliding window in the file is one of every layer. Otherwise it is refused.
+    """
     metadata = file.metadata
     architecture = metadata.string("general.architecture")
     _refuse_experts(file, architecture)
     dim = metadata.integer(f"{architecture}.embedding_length", low=1, high=_MAX_WIDTH)
     num_heads, num_kv_heads, head_dim = _heads(file, architecture, dim)
     context_length = metadata.integer(f"{architecture}.context_length", low=1, high=_MAX_CONTEXT)
-    window = metadata.optional_integer(f"{architecture}.attention.sliding_window")
+    window = metadata.integer(f"{architecture}.attention.sliding_window", default=0)
+    if not 0 < window < context_length:
+        window = None
+    elif not may_slide:
+        raise UnsupportedArchitecture(
+            f"{architecture}.attention.sliding_window is {window}, shorter than the context of "
+            f"{context_length}: not supported for {architecture}"
+        )
     return Hyperparameters(
         architecture=architecture,
         name=metadata.string("general.name", default=architecture),
@@ -86,7 +96,7 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         head_dim=head_dim,
         context_length=context_length,
         norm_eps=metadata.number(f"{architecture}.attention.layer_norm_rms_epsilon", low=0.0, high=1.0),
-        window=window if window is not None and 0 < window < context_length else None,
+        window=window,
         tied_embeddings=OUTPUT not in file.tensors,
         rope=_rope(file, architecture, head_dim),
     )

@@ -13,7 +13,7 @@ from worker_orcd.model.config import LayerConfig, ModelConfig
 
 
 def configure(file: GGUFFile) -> ModelConfig:
-    h = read_hyperparameters(file)
+    h = read_hyperparameters(file, may_slide=True)
     layer = LayerConfig(
         attention=h.attention(),
         rope=h.rope,
