@@ -1,23 +1,63 @@
-"""Messages to a prompt, by the model's own template, in a sandbox. Interface."""
+"""Messages to a prompt, by the model's own template, in a sandbox.
+
+Templates see what `transformers` shows them (messages, tools, add_generation_prompt, bos_token, eos_token,
+extra variables; raise_exception, strftime_now, tojson) and are rendered in a process of their own. The
+template alone decides about BOS: none is added to what it renders.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from worker_orcd.errors import InvalidModelFile, InvalidParameter
+from worker_orcd.text.marks import ControlNames, Marker, Plain, plain
+from worker_orcd.text.template_process import RenderLimits, TemplateFailed, TemplateProcess
 from worker_orcd.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # role, content, and what the template knows (name, tool_calls, …)
 
+# Templates put roles between the parts of control tokens: `'<|' + message['role'] + '|>'`.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+MAX_SOURCE = 1 << 20  # characters
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+
 
 class ChatTemplate:
-    """A compiled template. `source` is untrusted: it comes with the model file."""
+    """A compiled template. `source` is untrusted: it comes with the model file.
+
+    Safe to call from several threads; calls block (0.2 ms and up), so not from an event loop.
+    """
 
     source: str
     sha256: str
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
-        raise NotImplementedError
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        limits: RenderLimits | None = None,
+    ) -> None:
+        """Raises InvalidModelFile for a template that cannot be compiled within the limits."""
+        self.source = source
+        self.sha256 = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        self._constants = {"bos_token": bos_token, "eos_token": eos_token}
+        if len(source) > MAX_SOURCE:
+            raise InvalidModelFile(
+                f"the chat template has {len(source)} characters; allowed are {MAX_SOURCE}"
+            )
+        try:
+            self._process = TemplateProcess(source, limits or RenderLimits())
+        except TemplateFailed as error:
+            raise InvalidModelFile(f"the chat template cannot be compiled: {_public(error)}") from None
+        self._names = (frozenset[str](), ControlNames(()))  # of the tokenizer that was used last
 
     def render(
         self,
@@ -27,10 +67,139 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text. Raises InvalidParameter (bad messages, the template's own raise_exception, time or
-        size limit exceeded)."""
-        raise NotImplementedError
+        """The prompt text.
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
-        """Token ids of the rendered prompt, in which message contents never yield control tokens."""
-        raise NotImplementedError
+        Raises InvalidParameter (bad messages, the template's own raise_exception, time or size limit
+        exceeded).
+        """
+        return self._render(_request(messages, add_generation_prompt, tools, extra))
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of the rendered prompt, in which message contents never yield control tokens.
+
+        Where no string of the request spells (a part of) a control token, these are the ids of `render`'s
+        text.
+        """
+        request = _request(messages, add_generation_prompt, tools, extra)
+        names = self._control_names(tokenizer)
+        segments = self._segments(request, names, strict=False)
+        ids = tokenizer.encode_segments(segments, add_special=False)
+        if names.first is None or not _any_match(names.first, request):
+            return ids
+        # A template that takes pieces out of user strings might join what is left to a control token. With
+        # every character marked that could begin one, none can be the user's: both ways must find the same.
+        strict = self._segments(request, names, strict=True)
+        if strict == segments:
+            return ids
+        checked = tokenizer.encode_segments(strict, add_special=False)
+        controls = tokenizer.control_ids
+        same = [i for i in ids if i in controls] == [i for i in checked if i in controls]
+        return ids if same else checked
+
+    def close(self) -> None:
+        """Ends the template's process."""
+        self._process.close()
+
+    def _segments(
+        self, request: dict[str, Plain], names: ControlNames, *, strict: bool
+    ) -> list[tuple[str, bool]]:
+        marker = Marker(names, self.source, strict=strict)
+        marker.reserve(request)
+        marked: dict[str, Plain] = {key: marker.mark(value) for key, value in request.items()}
+        for message, original in zip(
+            cast("list[dict[str, Any]]", marked["messages"]),
+            cast("list[dict[str, Any]]", request["messages"]),
+            strict=True,
+        ):
+            message["role"] = original["role"]  # one of ROLES
+        return marker.segments(self._render(marked))
+
+    def _render(self, request: Mapping[str, Plain]) -> str:
+        try:
+            return self._process.render({**request, **self._constants})
+        except TemplateFailed as error:
+            raise InvalidParameter(f"the chat template fails: {_public(error)}", param="messages") from None
+
+    def _control_names(self, tokenizer: Tokenizer) -> ControlNames:
+        texts, names = self._names
+        if texts != tokenizer.control_texts:
+            names = ControlNames(tokenizer.control_texts)
+            self._names = (
+                tokenizer.control_texts,
+                names,
+            )  # one assignment: other threads see both or neither
+        return names
+
+
+def _public(error: TemplateFailed) -> str:
+    return _ADDRESS.sub("…", str(error))
+
+
+def _any_match(pattern: re.Pattern[str], value: Plain) -> bool:
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, list):
+        return any(_any_match(pattern, item) for item in value)
+    if isinstance(value, dict):
+        return any(_any_match(pattern, key) or _any_match(pattern, item) for key, item in value.items())
+    return False
+
+
+def _request(
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Plain]:
+    """The template's variables, checked and copied as plain data."""
+    if isinstance(messages, str) or not messages:
+        raise InvalidParameter("messages must be a list of at least one message", param="messages")
+    copied: list[Plain] = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidParameter(f"{where} must be an object with role and content", param=where)
+        role = message.get("role")
+        if role not in ROLES:
+            raise InvalidParameter(
+                f"{where}.role is {str(role)[:40]!r}; allowed are {', '.join(ROLES)}", param=f"{where}.role"
+            )
+        copied.append(_with_parsed_arguments(cast("dict[str, Any]", plain(message, where))))
+    variables = cast("dict[str, Plain]", plain(extra or {}, "chat_template_kwargs"))
+    clash = _RESERVED & variables.keys()
+    if clash:
+        raise InvalidParameter(
+            f"chat_template_kwargs may not set {', '.join(sorted(clash))}", param="chat_template_kwargs"
+        )
+    return {
+        **variables,
+        "messages": copied,
+        "tools": plain(tools, "tools") if tools else None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+
+
+def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of tool calls as objects: clients send them as JSON text, templates are written for objects."""
+    calls = message.get("tool_calls")
+    for call in cast("list[Any]", calls) if isinstance(calls, list) else []:
+        function = cast("dict[str, Any]", call).get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            continue
+        arguments = cast("dict[str, Any]", function).get("arguments")
+        if isinstance(arguments, str):
+            try:
+                parsed = json.loads(arguments)
+            except (ValueError, RecursionError):
+                continue  # the model wrote it; the template shows it as it is
+            if isinstance(parsed, dict):
+                function["arguments"] = parsed
+    return message

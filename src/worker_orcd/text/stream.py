@@ -1,7 +1,20 @@
-"""Token bytes to text deltas: whole UTF-8 only, stop strings across tokens. Interface."""
+"""Token bytes to text deltas: whole UTF-8 only, stop strings across tokens.
+
+What is emitted is final. A character that is not complete yet is held back; bytes that no continuation could
+make valid become U+FFFD as soon as that is certain (one for each maximal invalid part, as the Unicode
+standard advises and `bytes.decode` does), so that a stray byte cannot hold up the text behind it; an
+incomplete character at the end is replaced once, by `finish`. The deltas joined are what decoding all bytes
+at once would give, cut before the stop string that is complete first (the longest of those that end at the
+same character).
+
+Stop strings are matched character by character by one automaton (Aho and Corasick 1975): work is linear in
+the text, whatever the strings.
+"""
 
 from __future__ import annotations
 
+import codecs
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,16 +25,89 @@ class Delta:
     stopped: str | None = None  # the stop string that matched; nothing after it will be emitted
 
 
+@dataclass(slots=True)
+class _State:
+    """What has been read is a beginning of a stop string, `depth` characters long."""
+
+    depth: int
+    children: dict[str, _State]
+    fallback: _State | None = None  # the longest proper suffix of it that is one too; None at the root
+    found: str | None = None  # the longest stop string that ends here
+
+
+def _automaton(stop: Sequence[str]) -> _State:
+    root = _State(0, {})
+    for text in stop:
+        state = root
+        for character in text:
+            state = state.children.setdefault(character, _State(state.depth + 1, {}))
+        if text:
+            state.found = text
+    queue = deque(root.children.values())
+    for state in root.children.values():
+        state.fallback = root
+    while queue:
+        state = queue.popleft()
+        for character, child in state.children.items():
+            child.fallback = _advance(state.fallback or root, character, root)
+            child.found = child.found or child.fallback.found
+            queue.append(child)
+    return root
+
+
+def _advance(state: _State, character: str, root: _State) -> _State:
+    while True:
+        following = state.children.get(character)
+        if following is not None:
+            return following
+        if state.fallback is None:
+            return root
+        state = state.fallback
+
+
 class TextStream:
-    """One answer being streamed. What is emitted is append-only, and never contains a stop string."""
+    """One answer being streamed. What is emitted is append-only, and never contains a stop string.
+
+    An empty stop string matches nothing. After a match, or `finish`, nothing more is emitted.
+    """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
-        raise NotImplementedError
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._root = _automaton(stop)
+        self._state = self._root
+        self._held = ""  # the last `_state.depth` characters: perhaps the beginning of a stop string
+        self._stopped: str | None = None
+        self._finished = False
 
     def push(self, token: bytes) -> Delta:
         """Text that is now certain: no partial characters, no possible beginning of a stop string."""
-        raise NotImplementedError
+        if self._finished or self._stopped is not None:
+            return Delta("", self._stopped)
+        return self._match(self._decoder.decode(token))
 
     def finish(self) -> Delta:
         """What was held back; bytes that never became valid UTF-8 as U+FFFD."""
-        raise NotImplementedError
+        if self._finished or self._stopped is not None:
+            return Delta("", self._stopped)
+        self._finished = True
+        delta = self._match(self._decoder.decode(b"", final=True))
+        if delta.stopped is None:
+            delta = Delta(delta.text + self._held)
+        self._held = ""
+        return delta
+
+    def _match(self, text: str) -> Delta:
+        if not self._root.children:
+            return Delta(text)
+        known = self._held + text
+        state = self._state
+        for position, character in enumerate(text, start=len(self._held) + 1):
+            state = _advance(state, character, self._root)
+            if state.found is not None:
+                self._stopped = state.found
+                self._held = ""
+                return Delta(known[: position - len(state.found)], state.found)
+        self._state = state
+        certain = len(known) - state.depth
+        self._held = known[certain:]
+        return Delta(known[:certain])
