@@ -1,10 +1,12 @@
 """
-Decode and prompt speed against llama.cpp on the CPU, interleaved in one run: `python benchmarks/cpu_vs_llamacpp.py`.
+Decode and prompt speed against llama.cpp on the CPU, interleaved in one run: `python
+benchmarks/cpu_vs_llamacpp.py`.
 
-Each implementation runs in a process of its own (two spinning thread pools in one process measure each other) and
-does one job at a time on request, in turn. A job is the same work on both sides: compute a prompt from an empty
-cache, or decode greedily after a short prompt, sampling included. Printed are medians over the rounds, the median of
-the ratios of neighbouring samples, and the load average, because the machine decides as much as the code.
+Each implementation runs in a process of its own (two spinning thread pools in one process measure each
+other) and does one job at a time on request, in turn. A job is the same work on both sides: compute a
+prompt from an empty cache, or decode greedily after a short prompt, sampling included. Printed are medians
+over the rounds, the median of the ratios of neighbouring samples, and the load average, because the machine
+decides as much as the code.
 """
 
 from __future__ import annotations
@@ -37,16 +39,14 @@ class Ours:
         self._stepper = Stepper(path, threads=threads, activations=activations, max_tokens=512)
 
     def prompt(self, num_tokens: int) -> None:
-        self._stepper.greedy(PROMPT_IDS[:num_tokens], 1)
+        self._stepper.start(PROMPT_IDS[:num_tokens])
 
     def decode(self, num_tokens: int) -> float:
         sequence = self._stepper.start(PROMPT_IDS[:SHORT])
         began = time.perf_counter()
         for _ in range(num_tokens):
             self._stepper.step(sequence)
-        seconds = time.perf_counter() - began
-        self._stepper.end(sequence)
-        return seconds
+        return time.perf_counter() - began
 
 
 class Peer:
@@ -118,7 +118,9 @@ class Child:
         self.process.wait()
 
 
-def compare(path: Path, threads: int, kinds: list[str], jobs: dict[str, int], rounds: int) -> list[dict[str, object]]:
+def compare(
+    path: Path, threads: int, kinds: list[str], jobs: dict[str, int], rounds: int
+) -> list[dict[str, object]]:
     children = {kind: Child.start(kind, path, threads) for kind in (*kinds, "llama.cpp")}
     rows: list[dict[str, object]] = []
     try:
@@ -173,8 +175,12 @@ def print_row(row: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, nargs="*", help="GGUF files; default: the demo model and its Q4_0")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", type=Path, nargs="*", help="GGUF files; default: the demo model and its Q4_0"
+    )
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--activations", nargs="*", default=["int8"], choices=["int8", "int16", "float32"])
     parser.add_argument("--rounds", type=int, default=9)
@@ -185,7 +191,9 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         models = arguments.models or default_models(Path(folder))
-        print("| " + " | ".join(title for _key, title, _form in COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+        print(
+            "| " + " | ".join(title for _key, title, _form in COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
+        )
         for path in models:
             for threads in arguments.threads:
                 jobs = {"decode": arguments.decode, "prompt": arguments.prompt}
@@ -196,7 +204,6 @@ def main() -> None:
 
 def default_models(folder: Path) -> list[Path]:
     from requantize import requantize
-
     from worker_orcd.hub import resolve
 
     shipped = resolve("demo", None)

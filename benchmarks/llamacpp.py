@@ -1,8 +1,9 @@
 """
 llama.cpp as an independent peer, at the level of token ids, through the C API that `xllamacpp` exports.
 
-The struct layouts belong to one release, so the release is pinned and the defaults that the library fills in are
-checked against what that release is known to use: a mismatch raises instead of reading the wrong bytes.
+The struct layouts belong to one release, so the release is pinned and the defaults that the library fills
+in are checked against what that release is known to use: a mismatch raises instead of reading the wrong
+bytes.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _library() -> c.CDLL:
 
 
 class LlamaCpp:
-    """One model in one context. Not thread-safe. `repack` lets it re-arrange weights for speed, its default."""
+    """One model in one context. Not thread-safe. `repack`: it may re-arrange weights, as is its default."""
 
     def __init__(self, path: Path, *, n_ctx: int = 1024, threads: int = 1, repack: bool = True) -> None:
         self._lib = lib = _library()

@@ -1,9 +1,10 @@
 """
-The reference for logits: transformers in float32 on the dequantised weights of a GGUF file (architecture `llama`).
+The reference for logits: transformers in float32 on the dequantised weights of a GGUF file (architecture
+`llama`).
 
-`python benchmarks/reference.py MODEL GOLDEN` recomputes what GOLDEN records for its prompts (the expectations in
-`tests/data/golden/`): 64 greedy ids, the top-20 logits at the first position, the gap between the two most likely
-tokens at every position.
+`python benchmarks/reference.py MODEL GOLDEN` recomputes what GOLDEN records for its prompts (the
+expectations in `tests/data/golden/`): 64 greedy ids, the top-20 logits at the first position, the gap
+between the two most likely tokens at every position.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import gguf
 
 NUM_GREEDY = 64
 NUM_TOP = 20
@@ -31,7 +33,9 @@ def load_reference(path: Path) -> LlamaForCausalLM:
 
     tensors = {
         t.name: torch.from_numpy(
-            gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32).reshape([int(n) for n in t.shape[::-1]])
+            gguf.quants.dequantize(t.data, t.tensor_type)
+            .astype(np.float32)
+            .reshape([int(n) for n in t.shape[::-1]])
         )
         for t in reader.tensors
     }
@@ -40,7 +44,9 @@ def load_reference(path: Path) -> LlamaForCausalLM:
     def unpermuted(weight: torch.Tensor, n: int) -> torch.Tensor:
         # GGUF stores llama's q and k rows in interleaved pairs; transformers wants halves.
         rows, columns = weight.shape
-        return weight.reshape(n, rows // n // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns).contiguous()
+        return (
+            weight.reshape(n, rows // n // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns).contiguous()
+        )
 
     state = {
         "model.embed_tokens.weight": tensors["token_embd.weight"],
@@ -107,7 +113,12 @@ def main(model_path: Path, golden_path: Path) -> None:
     model = load_reference(model_path)
     for entry in golden["results"]:
         entry.update(greedy(model, entry["prompt_ids"]))
-        print(entry["prompt"][:40].encode("unicode_escape").decode(), entry["out_ids"][:8], "smallest gap", min(entry["gaps"]))
+        print(
+            entry["prompt"][:40].encode("unicode_escape").decode(),
+            entry["out_ids"][:8],
+            "smallest gap",
+            min(entry["gaps"]),
+        )
     golden_path.write_text(json.dumps(golden, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n")
 
 
