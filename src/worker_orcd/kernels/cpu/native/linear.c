@@ -1,0 +1,221 @@
+/*
+ * The linear and embed operations: how they become tasks and chunks.
+ *
+ * A chunk is a range of 16-row panels times a range of tokens. With quantised activations and more than a few
+ * tokens a task of its own quantises first; a token or two are quantised by each thread for itself.
+ */
+#include "linear.h"
+
+
+#define CHUNK_BYTES (96 << 10)      /* of weights: long enough to hide a claim, short enough to share out evenly */
+#define CHUNKS_PER_THREAD 4         /* at least, so that a slow thread can be helped */
+#define TOKEN_BLOCK_BYTES (256 << 10) /* of quantised activations: they stay in the second-level cache */
+#define FLOAT_TOKEN_BLOCK 64
+#define SELF_QUANTIZED_LANES 2      /* up to so many lanes every thread quantises for itself */
+#define MAX_THREADS 256
+
+/* Planning numbers of a task: p0 rows (tokens), p1 panels a chunk, p2 tiles (tokens, if float) a chunk, p3 serial. */
+
+static uint64_t serial; /* numbers the tasks, so that a thread knows whether it has quantised for this one */
+static struct {
+  _Alignas(64) uint64_t serial;
+} quantized_for[MAX_THREADS];
+
+static int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int planes_of(const orcd_op *op) { return op->activations == 16 ? 2 : 1; }
+
+static int64_t batch_rows(const orcd_op *op, const orcd_batch *batch) {
+  return op->rows == ORCD_LOGITS ? batch->num_logits : batch->num_tokens;
+}
+
+/* ---- quantised activations ------------------------------------------------------------------------------- */
+
+/* Lanes of a tile that starts at lane `first`: full, or the power of two that holds the rest. */
+static int lanes_of_tile(int64_t first, int64_t all, int max_lanes) {
+  int lanes = max_lanes;
+  while (lanes > 1 && lanes / 2 >= all - first) lanes /= 2;
+  return lanes;
+}
+
+static int log2_of(int lanes) { return lanes >= 8 ? 3 : lanes / 2; }
+
+static orcd_correction correction_for(int32_t format, const orcd_kernels *kernels) {
+  const int32_t offset = orcd_find_format(format)->offset;
+  const int split = format == Q2_K || format == Q3_K || format == Q6_K;
+  return (orcd_correction){format == Q2_K ? 1 : -offset, split, kernels->pairs};
+}
+
+/* Tile `tile` of the activations, in place in `scratch`. */
+static void quantize_tile(const orcd_task *task, uint8_t *scratch, int64_t tile) {
+  const orcd_op *op = task->op;
+  const orcd_kernels *kernels = orcd_kernels_in_use();
+  const orcd_correction correction = correction_for(op->format, kernels);
+  const int planes = planes_of(op);
+  const int64_t blocks = op->k / 32, all = task->p0 * planes, first = tile * kernels->max_lanes;
+  const int lanes = lanes_of_tile(first, all, kernels->max_lanes);
+  uint8_t *out = scratch + first * blocks * LANE_BLOCK_BYTES;
+  if (all - first < lanes) memset(out, 0, (size_t)(lanes * blocks * LANE_BLOCK_BYTES));
+  for (int lane = 0; lane < lanes && first + lane < all; lane += planes)
+    kernels->quantize(op->x + (first + lane) / planes * op->ldx, blocks, out, lanes, lane, planes, &correction);
+}
+
+static void run_quantize(const orcd_task *task, int64_t chunk, int thread) {
+  (void)thread;
+  quantize_tile(task, task->scratch, chunk);
+}
+
+/* Results [lane][16] of a tile to the rows of `out` that exist, with planes and bias added. */
+static void store_panel(const orcd_op *op, int64_t panel, int64_t token, int64_t tokens, const float *results) {
+  const int planes = planes_of(op);
+  const int rows = (int)smaller(16, op->n - 16 * panel);
+  for (int64_t t = 0; t < tokens; t++, results += 16 * planes) {
+    float *out = op->out + (token + t) * op->ldout + 16 * panel;
+    for (int r = 0; r < rows; r++) {
+      float v = results[r];
+      if (planes == 2) v += results[16 + r];
+      if (op->vector != NULL) v += op->vector[16 * panel + r];
+      out[r] = v;
+    }
+  }
+}
+
+static void run_tiles(const orcd_task *task, int64_t chunk, const uint8_t *activations) {
+  const orcd_op *op = task->op;
+  const orcd_kernels *kernels = orcd_kernels_in_use();
+  const orcd_format *f = orcd_find_format(op->format);
+  const int planes = planes_of(op), max_lanes = kernels->max_lanes;
+  const int64_t blocks = op->k / 32, size = panel_bytes(f, op->k), panels = divide_up(op->n, 16);
+  const int64_t all = task->p0 * planes, tiles = divide_up(all, max_lanes), groups = divide_up(panels, task->p1);
+  const int64_t panel0 = chunk % groups * task->p1, panel1 = smaller(panels, panel0 + task->p1);
+  const int64_t tile0 = chunk / groups * task->p2, tile1 = smaller(tiles, tile0 + task->p2);
+  for (int64_t panel = panel0; panel < panel1; panel++)
+    for (int64_t tile = tile0; tile < tile1; tile++) {
+      const int64_t first = tile * max_lanes;
+      const int lanes = lanes_of_tile(first, all, max_lanes);
+      _Alignas(64) float results[MAX_LANES * 16];
+      kernels->dot[op->format][log2_of(lanes)]((const uint8_t *)op->weight + panel * size, blocks,
+                                               activations + first * blocks * LANE_BLOCK_BYTES, results);
+      store_panel(op, panel, first / planes, smaller(lanes, all - first) / planes, results);
+    }
+}
+
+static void run_linear(const orcd_task *task, int64_t chunk, int thread) {
+  (void)thread;
+  run_tiles(task, chunk, task->scratch);
+}
+
+static size_t activation_bytes(const orcd_op *op, int64_t tokens, int max_lanes) {
+  const int64_t lanes = divide_up(tokens * planes_of(op), max_lanes) * max_lanes;
+  return (size_t)(lanes * (op->k / 32) * LANE_BLOCK_BYTES);
+}
+
+static void run_self_quantized(const orcd_task *task, int64_t chunk, int thread) {
+  uint8_t *activations = orcd_thread_scratch(thread, activation_bytes(task->op, task->p0, MAX_LANES));
+  if (activations == NULL) return; /* cannot happen: orcd_plan_linear reserved it */
+  if (quantized_for[thread].serial != (uint64_t)task->p3) {
+    quantize_tile(task, activations, 0);
+    quantized_for[thread].serial = (uint64_t)task->p3;
+  }
+  run_tiles(task, chunk, activations);
+}
+
+/* Panels a chunk: about CHUNK_BYTES, but enough chunks for all threads. */
+static int64_t panels_per_chunk(int64_t panels, int64_t size, int64_t token_blocks) {
+  const int64_t threads = orcd_num_threads();
+  if (threads == 1 && token_blocks == 1) return panels;
+  const int64_t fair = divide_up(panels * token_blocks, threads * CHUNKS_PER_THREAD);
+  return at_least_one(smaller(smaller(CHUNK_BYTES / size, fair), panels));
+}
+
+static int plan_quantized(const orcd_op *op, int64_t tokens, orcd_task *task) {
+  const int max_lanes = orcd_kernels_in_use()->max_lanes;
+  const int64_t panels = divide_up(op->n, 16), size = panel_bytes(orcd_find_format(op->format), op->k);
+  const int64_t lanes = tokens * planes_of(op), tiles = divide_up(lanes, max_lanes);
+  task->p0 = tokens;
+  task->p3 = (int64_t)++serial;
+  if (lanes <= SELF_QUANTIZED_LANES) {
+    const size_t bytes = activation_bytes(op, tokens, MAX_LANES);
+    for (int i = 0; i < orcd_num_threads(); i++)
+      if (orcd_thread_scratch(i, bytes) == NULL) return ORCD_ERROR_MEMORY;
+    task->p1 = panels_per_chunk(panels, size, 1);
+    task->p2 = 1;
+    task->run = run_self_quantized;
+    task->num_chunks = divide_up(panels, task->p1);
+    return 1;
+  }
+  task->scratch = orcd_shared_scratch(activation_bytes(op, tokens, max_lanes));
+  if (task->scratch == NULL) return ORCD_ERROR_MEMORY;
+  const int64_t tile_bytes = op->k / 32 * LANE_BLOCK_BYTES * max_lanes;
+  task->p2 = smaller(tiles, at_least_one(TOKEN_BLOCK_BYTES / tile_bytes));
+  const int64_t token_blocks = divide_up(tiles, task->p2);
+  task->p1 = panels_per_chunk(panels, size, token_blocks);
+  task[1] = task[0];
+  task[0].run = run_quantize;
+  task[0].num_chunks = tiles;
+  task[1].run = run_linear;
+  task[1].num_chunks = divide_up(panels, task->p1) * token_blocks;
+  return 2;
+}
+
+/* ---- float activations --------------------------------------------------------------------------------------- */
+
+static void run_float(const orcd_task *task, int64_t chunk, int thread) {
+  (void)thread;
+  const orcd_op *op = task->op;
+  const orcd_float_dot_fn dot = orcd_kernels_in_use()->float_dot[op->format];
+  const int64_t size = panel_bytes(orcd_find_format(op->format), op->k), panels = divide_up(op->n, 16);
+  const int64_t groups = divide_up(panels, task->p1), panel0 = chunk % groups * task->p1;
+  const int64_t panel1 = smaller(panels, panel0 + task->p1);
+  const int64_t token = chunk / groups * task->p2, tokens = smaller(task->p2, task->p0 - token);
+  orcd_op plain = *op;
+  plain.activations = 32;
+  for (int64_t panel = panel0; panel < panel1; panel++) {
+    _Alignas(64) float results[FLOAT_TOKEN_BLOCK * 16];
+    dot((const uint8_t *)op->weight + panel * size, op->k, op->x + token * op->ldx, op->ldx, tokens, results);
+    store_panel(&plain, panel, token, tokens, results);
+  }
+}
+
+static int plan_float(const orcd_op *op, int64_t tokens, orcd_task *task) {
+  const int64_t panels = divide_up(op->n, 16), size = panel_bytes(orcd_find_format(op->format), op->k);
+  task->p0 = tokens;
+  task->p2 = smaller(tokens, FLOAT_TOKEN_BLOCK);
+  const int64_t token_blocks = divide_up(tokens, task->p2);
+  task->p1 = panels_per_chunk(panels, size, token_blocks);
+  task->run = run_float;
+  task->num_chunks = divide_up(panels, task->p1) * token_blocks;
+  return 1;
+}
+
+int orcd_plan_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
+  const int64_t tokens = batch_rows(op, batch);
+  if (orcd_packed_bytes(op->format, op->n, op->k) < 0 || op->weight == NULL) return ORCD_ERROR_SHAPE;
+  if (op->activations != 8 && op->activations != 16 && op->activations != 32) return ORCD_ERROR_SHAPE;
+  if (tokens <= 0) return tokens == 0 ? 0 : ORCD_ERROR_SHAPE;
+  tasks[0] = (orcd_task){.op = op, .batch = batch};
+  if (op->activations == 32 || is_float_format(op->format)) return plan_float(op, tokens, tasks);
+  return plan_quantized(op, tokens, tasks);
+}
+
+/* ---- embed ------------------------------------------------------------------------------------------------------ */
+
+#define EMBED_TOKENS_PER_CHUNK 4
+
+static void run_embed(const orcd_task *task, int64_t chunk, int thread) {
+  (void)thread;
+  const orcd_op *op = task->op;
+  const int64_t first = chunk * EMBED_TOKENS_PER_CHUNK, end = smaller(task->p0, first + EMBED_TOKENS_PER_CHUNK);
+  for (int64_t t = first; t < end; t++) /* a token id was checked by the caller; a wrong one leaves its row as it is */
+    (void)orcd_unpack_row(op->format, op->n, op->k, task->batch->token_ids[t], op->weight, op->out + t * op->ldout);
+}
+
+int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
+  if (orcd_packed_bytes(op->format, op->n, op->k) < 0 || op->weight == NULL) return ORCD_ERROR_SHAPE;
+  if (batch->num_tokens < 0) return ORCD_ERROR_SHAPE;
+  tasks[0] = (orcd_task){.op = op, .batch = batch, .run = run_embed, .p0 = batch->num_tokens};
+  tasks[0].num_chunks = divide_up(batch->num_tokens, EMBED_TOKENS_PER_CHUNK);
+  return 1;
+}
