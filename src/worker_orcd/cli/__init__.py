@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 
 
@@ -10,8 +9,7 @@ def main() -> None:
     """Entry point of the `worker-orcd` command."""
     from worker_orcd.cli.app import build
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that cannot show a character is no reason to die
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to die
     build()()

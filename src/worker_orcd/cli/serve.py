@@ -31,4 +31,4 @@ def serve(
     warn_all(warnings)
     from worker_orcd import worker  # after the settings are known to be good: it takes a second
 
-    raise typer.Exit(worker.run(settings))
+    raise typer.Exit(worker.serve(settings))

@@ -1,0 +1,228 @@
+"""`worker-orcd run`: one prompt, or a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import secrets
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worker_orcd.cli.options import ConfigFile, with_settings
+from worker_orcd.cli.settings import load_config
+from worker_orcd.cli.terminal import warn_all
+from worker_orcd.errors import InvalidConfiguration, RequestError
+from worker_orcd.sequence import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from worker_orcd.cli.local import LocalEngine
+
+Message = dict[str, str]
+
+HELP = """\
+/exit          leave (Ctrl-D does too)
+/reset         forget the conversation
+/system TEXT   forget the conversation and begin with this system message
+/help          this
+Ctrl-C stops the answer."""
+
+
+@with_settings(["model", "device", "engine"], without=["model", "worker_id"])
+def run(
+    given: dict[str, Any],
+    model: Annotated[
+        str, typer.Argument(help="path, file: URI, hf:org/repo/file.gguf, or demo", metavar="MODEL")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="answer this and exit (-: standard input)", metavar="[PROMPT]", show_default=False
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="system message", show_default=False)] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="continue PROMPT as it is, without chat template")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="at most so many tokens an answer", min=1, show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the most likely token", min=0.0, max=2.0)
+    ] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="draw from the most likely tokens of this mass", min=0.0, max=1.0)
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="draw from so many tokens (0: all)", min=0)] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="leave out what is this much less likely", min=0.0, max=1.0)
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="of the draws (default: a fresh one)", min=0, show_default=False)
+    ] = None,
+    stats: Annotated[
+        bool | None, typer.Option(help="print speed (default: on a terminal)", show_default=False)
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Answer one prompt, or chat in the terminal if there is none."""
+    settings, warnings = load_config({"model": model, **given}, config_file=config)
+    warn_all(warnings)
+    interactive = prompt is None and sys.stdin.isatty()
+    if prompt == "-" or (prompt is None and not interactive):
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt:
+        raise InvalidConfiguration("PROMPT is empty")
+    if raw and (interactive or system is not None):
+        raise InvalidConfiguration("--raw needs a PROMPT and no --system: it does without the chat template")
+    sampling = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=_seed(seed)
+    )
+    from worker_orcd.cli.local import local_engine
+
+    with local_engine(settings) as engine:
+        show_stats = sys.stderr.isatty() if stats is None else stats
+        chat = Chat(engine, sampling, max_tokens=max_tokens, system=system, show_stats=show_stats)
+        if interactive:
+            chat.converse(fixed_seed=seed is not None)
+        elif raw:
+            chat.complete(prompt or "")
+        else:
+            chat.answer(prompt or "")
+
+
+def _seed(given: int | None) -> int:
+    if given is None:
+        return secrets.randbits(64)
+    if given >= 1 << 64:
+        raise InvalidConfiguration(f"--seed: found {given}; expected an integer from 0 to {(1 << 64) - 1}")
+    return given
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation so far, and the engine that continues it."""
+
+    engine: LocalEngine
+    sampling: SamplingParams
+    max_tokens: int | None
+    system: str | None
+    show_stats: bool
+    messages: list[Message] = field(default_factory=list[Message])
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def converse(self, *, fixed_seed: bool) -> None:
+        """Read prompts from the terminal until the end of input or /exit."""
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # gives input() history and editing
+        print(f"{self.engine.loaded.model_id}; /help for help, Ctrl-D to leave")
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("  (Ctrl-D or /exit to leave)")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                if not fixed_seed:
+                    self.sampling = replace(self.sampling, seed=secrets.randbits(64))
+                self._try_to_answer(line)
+
+    def _command(self, line: str) -> None:
+        name, _, text = line.partition(" ")
+        if name == "/reset":
+            self.reset()
+        elif name == "/system" and text:
+            self.system = text
+            self.reset()
+        else:
+            print(HELP)
+
+    def _try_to_answer(self, line: str) -> None:
+        """A prompt that cannot be answered is forgotten, and the conversation goes on."""
+        before = list(self.messages)
+        try:
+            self.answer(line)
+        except RequestError as error:
+            self.messages = before
+            print(f"error: {error.message} (/reset forgets the conversation)", file=sys.stderr)
+
+    def answer(self, text: str) -> None:
+        """Add a message of the user and stream the answer. Raises RequestError, InvalidConfiguration."""
+        loaded = self.engine.loaded
+        if loaded.chat_template is None:
+            raise InvalidConfiguration(f"{loaded.no_chat_template}; use --raw")
+        self.messages.append({"role": "user", "content": text})
+        answer = self._stream(loaded.chat_template.encode(loaded.tokenizer, self.messages))
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def complete(self, text: str) -> None:
+        """Stream a continuation of the text."""
+        self._stream(self.engine.loaded.tokenizer.encode(text))
+
+    def _stream(self, prompt: list[int]) -> str:
+        """Print the answer as it comes; the whole of it. Ctrl-C ends it early."""
+        from worker_orcd.text.stream import TextStream
+
+        loaded = self.engine.loaded
+        longest = loaded.engine_config.max_model_len or loaded.plan.max_model_len
+        room = longest - len(prompt)
+        if room < 1:
+            raise RequestError(f"the prompt has {len(prompt)} tokens; at most {longest - 1} fit")
+        text = TextStream()
+        shown: list[str] = []
+        times: list[float] = []
+        first = loaded.tokenizer.starts_text(prompt)
+        started = time.monotonic()
+        number = self.engine.submit(
+            tuple(prompt),
+            self.sampling,
+            max_tokens=min(room, self.max_tokens or room),
+            stop_token_ids=loaded.tokenizer.end_of_generation,
+        )
+        with (
+            contextlib.closing(self.engine.outputs(number)) as outputs,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            for output in outputs:
+                ends = output.finish_reason is FinishReason.STOP
+                for token in output.tokens[: len(output.tokens) - ends]:
+                    times.append(time.monotonic())
+                    piece = loaded.tokenizer.stream_bytes(token.token_id, first=first)
+                    first = first and token.token_id in loaded.tokenizer.control_ids
+                    _show(text.push(piece).text, shown)
+        _show(text.finish().text, shown)
+        print()
+        if self.show_stats:
+            print(_speed(len(prompt), started, times), file=sys.stderr)
+        return "".join(shown)
+
+
+def _show(text: str, shown: list[str]) -> None:
+    """What a model says may hold escape sequences; a terminal gets none of them."""
+    shown.append(text)
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    print(text, end="", flush=True)
+
+
+def _speed(num_prompt_tokens: int, started: float, times: list[float]) -> str:
+    if not times:
+        return f"[{num_prompt_tokens} prompt tokens, no answer]"
+    first = f"first token after {1000 * (times[0] - started):.0f} ms"
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    return f"[{num_prompt_tokens} prompt tokens, {first}, {len(times)} tokens, {rate:.1f} tok/s]"
