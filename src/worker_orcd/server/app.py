@@ -1,15 +1,30 @@
-"""The HTTP application. Interface: the routes follow."""
+"""The HTTP application: every route, behind one door.
+
+Each route demands the API key unless it is `/livez`; errors of every kind pass through `server.failures`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from worker_orcd.config import ServerConfig
+from worker_orcd.errors import WorkerError
 from worker_orcd.narration import Narration
+from worker_orcd.server import control, execute, tokenize
+from worker_orcd.server.auth import BearerToken
+from worker_orcd.server.context import MAX_TEXT_THREADS, Context
+from worker_orcd.server.edge import Edge, attached, error_response
+from worker_orcd.server.json import JSON
 from worker_orcd.server.metrics import Metrics
+from worker_orcd.server.openai import chat, completions, models
 from worker_orcd.server.status import Status
+from worker_orcd.version import VERSION
 
 
 def create_app(
@@ -25,4 +40,31 @@ def create_app(
     `request_shutdown` is called on the loop by POST /shutdown and must return at once; whoever gave it drains
     (`Status.begin_drain`, `EngineClient.wait_idle`, `EngineClient.cancel_all`) and stops the server.
     """
-    raise NotImplementedError
+    app = FastAPI(
+        title="worker-orcd",
+        version=VERSION,
+        dependencies=[Depends(BearerToken(config.api_key))],
+        docs_url=None if config.api_key is not None else "/docs",
+        redoc_url=None,
+        openapi_url=None if config.api_key is not None else "/openapi.json",
+        redirect_slashes=False,
+    )
+    app.state.context = Context(
+        config=config,
+        status=status,
+        metrics=metrics,
+        narration=narration,
+        request_shutdown=request_shutdown,
+        text_threads=ThreadPoolExecutor(MAX_TEXT_THREADS, thread_name_prefix="text"),
+    )
+    for module in (execute, control, tokenize, models, completions, chat):
+        app.include_router(module.router)
+    app.router.add_route("/livez", control.livez, methods=["GET"])
+    app.add_exception_handler(WorkerError, _told)
+    app.add_exception_handler(HTTPException, _told)
+    app.add_middleware(Edge, config=config, narration=narration)
+    return app
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    return error_response(error, request.scope, attached(request).correlation_id)

@@ -149,10 +149,9 @@ class Sampling(Wire):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: LogitBias = Field(default=(), description=_BIAS_RULE)
     stop: Stop = Field(default=(), description=_STOP_RULE)
-    stop_token_ids: Annotated[
-        list[Annotated[int, Field(ge=0, le=MAX_COUNT)]],
-        Field(max_length=MAX_STOP_TOKENS, description=f"a list of at most {MAX_STOP_TOKENS} token ids"),
-    ] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_COUNT)]] = Field(
+        default=[], max_length=MAX_STOP_TOKENS, description=f"a list of at most {MAX_STOP_TOKENS} token ids"
+    )
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None

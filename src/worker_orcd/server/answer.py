@@ -1,0 +1,104 @@
+"""One answer as it grows: a sequence's outputs in, pieces of text out.
+
+Every sampled token gives exactly one piece, so pieces and tokens correspond; a piece's text may be empty
+while text is held back (a partial character, the possible beginning of a stop string), and what was held back
+comes with the last piece. The concatenation of all texts is the answer. Control tokens have no text.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from worker_orcd.engine.messages import Output
+from worker_orcd.errors import Internal
+from worker_orcd.sequence import FinishReason, SampledToken
+from worker_orcd.server.prompt import Plan
+from worker_orcd.text.stream import TextStream
+from worker_orcd.text.tokenizer import Tokenizer
+
+StopReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    index: int  # of the token in the answer, from 0
+    token: SampledToken
+    text: str  # that is now certain
+    ends: bool  # a stop token: it ends the answer and is no part of its text
+
+
+class Answer:
+    """Text, counts and times of one sequence. Times are time.monotonic() seconds."""
+
+    def __init__(self, plan: Plan, tokenizer: Tokenizer) -> None:
+        self.num_prompt_tokens = len(plan.generation.prompt_token_ids)
+        self.num_cached_tokens = 0
+        self.num_tokens = 0  # sampled and delivered, a stop token included
+        self.stop_reason: StopReason | None = None  # None: not finished
+        self.matched: str | int | None = None  # the stop string, or the stop token that was asked for
+        self.submitted_at = time.monotonic()
+        self.first_at: float | None = None
+        self.last_at = 0.0
+        self.queue_seconds = 0.0
+        self.texts: list[str] = []  # of the pieces so far
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._text = TextStream(plan.stop)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def decode_ms(self) -> float:
+        """From the first token to the last."""
+        return 0.0 if self.first_at is None else (self.last_at - self.first_at) * 1000
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From submission to the first token."""
+        return None if self.first_at is None else (self.first_at - self.submitted_at) * 1000
+
+    def push(self, output: Output) -> list[Piece]:
+        """Take an output in. Once `stop_reason` is set the answer is complete."""
+        if output.finish_reason is not None and not output.tokens:
+            raise Internal("the engine ended a sequence without its last token")
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.queue_seconds = output.queue_seconds
+        if output.tokens:
+            self.last_at = time.monotonic()
+            self.first_at = self.first_at or self.last_at
+        pieces: list[Piece] = []
+        for position, token in enumerate(output.tokens):
+            last = position == len(output.tokens) - 1
+            piece = self._piece(token, output.finish_reason if last else None)
+            pieces.append(piece)
+            self.texts.append(piece.text)
+            if self.stop_reason is not None:
+                break
+        return pieces
+
+    def _piece(self, token: SampledToken, finish: FinishReason | None) -> Piece:
+        index = self.num_tokens
+        self.num_tokens += 1
+        text = ""
+        ends = finish is FinishReason.STOP
+        if ends:
+            is_end = token.token_id in self._plan.end_ids
+            self.stop_reason = "eos" if is_end else "stop"
+            self.matched = None if is_end else token.token_id
+        elif token.token_id not in self._tokenizer.control_ids:
+            delta = self._text.push(self._tokenizer.token_bytes(token.token_id))
+            text = delta.text
+            if delta.stopped is not None:
+                self.stop_reason, self.matched = "stop", delta.stopped
+                return Piece(index, token, text, ends=False)
+        if finish is not None:
+            delta = self._text.finish()
+            text += delta.text
+            if delta.stopped is not None:
+                self.stop_reason, self.matched = "stop", delta.stopped
+            self.stop_reason = self.stop_reason or "length"
+        return Piece(index, token, text, ends)

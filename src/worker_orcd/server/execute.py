@@ -1,0 +1,197 @@
+"""POST /execute and POST /cancel: the worker's own way to run a job.
+
+The stream is `started`, then `token`s with `metrics` among them, then exactly one of `end` and `error`. Until
+`started` (the first token is known) only comments are sent. Whatever can be refused is refused before the
+stream begins, as plain JSON with a status.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from worker_orcd.server.answer import Answer, Piece
+from worker_orcd.server.body import describes, json_body
+from worker_orcd.server.context import ContextOf
+from worker_orcd.server.disconnect import unless_gone
+from worker_orcd.server.failures import failure_of
+from worker_orcd.server.jobs import Job, open_job
+from worker_orcd.server.json import JSON
+from worker_orcd.server.prompt import Plan, Prompt, deadline_of, plan
+from worker_orcd.server.sse import EventStream, event
+from worker_orcd.server.status import Serving
+from worker_orcd.server.wire import MAX_DEADLINE_MS, CancelRequest, ExecuteRequest
+
+router = APIRouter()
+
+
+class TopLogprob(msgspec.Struct):
+    id: int
+    t: str
+    logprob: float
+
+
+class TokenEvent(msgspec.Struct, omit_defaults=True):
+    """The frame that is sent most: `t` is text that is now certain, `i` counts, `id` is the token."""
+
+    t: str
+    i: int
+    id: int
+    logprob: float | msgspec.UnsetType = msgspec.UNSET
+    top_logprobs: list[TopLogprob] | msgspec.UnsetType = msgspec.UNSET
+
+
+@router.post(
+    "/execute",
+    openapi_extra=describes(ExecuteRequest),
+    responses={200: {"content": {"text/event-stream": {}}, "description": "the events of the job"}},
+)
+async def execute(
+    request: Request,
+    context: ContextOf,
+    body: Annotated[ExecuteRequest, Depends(json_body(ExecuteRequest, may_be_rejected_job=True))],
+) -> Response:
+    """Run a job and stream its events."""
+    deadline = deadline_of(body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS)
+    job = open_job(context, request, body.job_id)
+
+    async def prepare() -> Plan:
+        (ids,) = await job.encode(_prompt(body))
+        return plan(
+            context,
+            job.serving,
+            body,
+            ids,
+            max_tokens=body.max_tokens,
+            logprobs=body.logprobs,
+            deadline=deadline,
+        )
+
+    try:
+        prepared = await unless_gone(request, prepare)
+    except Exception as error:
+        job.failed(error)
+        raise
+    job.begin(prepared)
+    return EventStream(_events(job, prepared), keep_alive_seconds=context.config.keep_alive_seconds)
+
+
+@router.post("/cancel", status_code=202, openapi_extra=describes(CancelRequest))
+async def cancel(
+    context: ContextOf, body: Annotated[CancelRequest, Depends(json_body(CancelRequest))]
+) -> JSON:
+    """End a job. Always 202: a job that is over, or never was, is as cancelled as can be."""
+    serving = context.status.serving
+    found = serving is not None and serving.client.cancel(body.job_id)
+    return JSON({"job_id": body.job_id, "running": found}, status=202)
+
+
+def _prompt(body: ExecuteRequest) -> Prompt:
+    if body.prompt is not None:
+        return Prompt(param="prompt", text=body.prompt)
+    if body.messages is not None:
+        return Prompt(param="messages", messages=body.messages)
+    return Prompt(param="prompt_token_ids", token_ids=body.prompt_token_ids)
+
+
+async def _events(job: Job, prepared: Plan) -> AsyncGenerator[bytes, None]:
+    serving = job.serving
+    answer = Answer(prepared, serving.tokenizer)
+    interval = job.context.config.metrics_interval_ms / 1000
+    started = False
+    try:
+        async with aclosing(job.run(prepared, answer)) as batches:
+            async for pieces in batches:
+                if not started:
+                    started = True
+                    told_at = time.monotonic()
+                    yield _started(job, prepared, answer)
+                if pieces:
+                    yield b"".join([event("token", _token(serving, piece)) for piece in pieces])
+                if time.monotonic() - told_at >= interval:
+                    told_at = time.monotonic()
+                    yield _metrics(job, answer)
+        job.succeeded()
+        yield _metrics(job, answer) + _end(job, answer)
+    except Exception as error:
+        job.failed(error)
+        yield (b"" if started else _started(job, prepared, answer)) + _error(job, error)
+
+
+def _started(job: Job, prepared: Plan, answer: Answer) -> bytes:
+    return event(
+        "started",
+        {
+            "job_id": job.job_id,
+            "model": job.serving.model_id,
+            "started_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "seed": prepared.generation.sampling.seed,
+            "prompt_tokens": answer.num_prompt_tokens,
+            "cached_tokens": answer.num_cached_tokens,
+            "correlation_id": job.correlation_id,
+            "fingerprint": job.serving.fingerprint,
+        },
+    )
+
+
+def _token(serving: Serving, piece: Piece) -> TokenEvent:
+    token = piece.token
+    told = TokenEvent(piece.text, piece.index, token.token_id)
+    if token.logprob is not None:
+        told.logprob = token.logprob
+        if token.top_logprobs:
+            told.top_logprobs = [
+                TopLogprob(token_id, serving.tokenizer.token_text(token_id), logprob)
+                for token_id, logprob in token.top_logprobs
+            ]
+    return told
+
+
+def _metrics(job: Job, answer: Answer) -> bytes:
+    return event(
+        "metrics",
+        {
+            "job_id": job.job_id,
+            "tokens_out": answer.num_tokens,
+            "decode_time_ms": round(answer.decode_ms, 3),
+            "vram_bytes": job.serving.facts.memory_bytes_used,
+            "queue_ms": round(answer.queue_seconds * 1000, 3),
+            "ttft_ms": None if answer.ttft_ms is None else round(answer.ttft_ms, 3),
+            "correlation_id": job.correlation_id,
+        },
+    )
+
+
+def _end(job: Job, answer: Answer) -> bytes:
+    return event(
+        "end",
+        {
+            "job_id": job.job_id,
+            "tokens_out": answer.num_tokens,
+            "decode_time_ms": round(answer.decode_ms, 3),
+            "stop_reason": answer.stop_reason,
+            "matched_stop": answer.matched,
+            "correlation_id": job.correlation_id,
+        },
+    )
+
+
+def _error(job: Job, error: Exception) -> bytes:
+    failure = failure_of(error, job.correlation_id)
+    return event(
+        "error",
+        {
+            "code": failure.code,
+            "message": failure.message,
+            "retriable": failure.retriable,
+            "job_id": job.job_id,
+            "correlation_id": job.correlation_id,
+        },
+    )
