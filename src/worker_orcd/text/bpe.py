@@ -9,7 +9,7 @@ the tokenizer.json for those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -17,28 +17,30 @@ from worker_orcd.text.pretokenizers import PRE_TOKENIZERS
 from worker_orcd.text.vocabulary import TokenType, Vocabulary
 
 
-def _alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte, as a translation from it to the Latin-1 character of the
-    byte.
+def _alphabet() -> dict[int, int]:
+    """A translation of GPT-2's printable character for each byte to the Latin-1 character of that byte.
+
+    Characters below 256 that are not in the alphabet go to one that Latin-1 lacks.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    table = {b: chr(b) for b in printable}
-    table.update({0x100 + n: chr(b) for n, b in enumerate(others)})
-    return table
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    table = dict.fromkeys(range(256), 0xFFFF) | {b: b for b in printable}
+    return table | {0x100 + n: b for n, b in enumerate(others)}
 
 
-def byte_level_bytes(token: str, alphabet: dict[int, str]) -> bytes:
-    """The bytes a token stands for; its own UTF-8 where it is not written in the byte alphabet."""
-    if all(ord(c) in alphabet for c in token):
-        return token.translate(alphabet).encode("latin-1")
-    return token.encode()
+def byte_level_bytes(tokens: Iterable[tuple[str, bool]]) -> list[bytes]:
+    """What tokens stand for, from (text, is it written in the byte alphabet) pairs.
 
-
-def all_byte_level_bytes(tokens: list[tuple[str, bool]]) -> list[bytes]:
-    """For (text, is it written in the byte alphabet) pairs."""
+    Text that is not, or against the declaration is not, stands for its own UTF-8.
+    """
     alphabet = _alphabet()
-    return [byte_level_bytes(text, alphabet) if coded else text.encode() for text, coded in tokens]
+    found: list[bytes] = []
+    for text, coded in tokens:
+        try:
+            found.append(text.translate(alphabet).encode("latin-1") if coded else text.encode())
+        except UnicodeEncodeError:
+            found.append(text.encode())
+    return found
 
 
 def build_bpe(vocabulary: Vocabulary) -> tuple[Tokenizer, Tokenizer]:
@@ -73,8 +75,8 @@ def add_tokens(
 
 def bpe_bytes(vocabulary: Vocabulary) -> list[bytes]:
     coded = {TokenType.NORMAL, TokenType.UNUSED}
-    return all_byte_level_bytes(
-        [(text, kind in coded) for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)]
+    return byte_level_bytes(
+        (text, kind in coded) for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     )
 
 

@@ -188,7 +188,7 @@ def _request(
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of tool calls as objects: clients send them as JSON text, templates are written for objects."""
+    """Arguments of tool calls as objects: clients send them as JSON text, templates want objects."""
     calls = message.get("tool_calls")
     for call in cast("list[Any]", calls) if isinstance(calls, list) else []:
         function = cast("dict[str, Any]", call).get("function") if isinstance(call, dict) else None

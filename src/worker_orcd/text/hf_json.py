@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
 from worker_orcd.errors import InvalidModelFile, ModelNotFound, UnsupportedTokenizer
 from worker_orcd.gguf.metadata import quoted
-from worker_orcd.text.bpe import all_byte_level_bytes
+from worker_orcd.text.bpe import add_tokens, byte_level_bytes
 from worker_orcd.text.spm import piece_bytes
 from worker_orcd.text.vocabulary import BYTE_NAME, MAX_TOKEN_BYTES, MAX_TOKENS
 
@@ -37,23 +38,20 @@ class HFJson:
 
 def read_hf_json(path: Path) -> HFJson:
     """Raises ModelNotFound, InvalidModelFile or UnsupportedTokenizer."""
-    document = _document(path)
-    model = document["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise UnsupportedTokenizer(
-            f"tokenizer.json: the model is {quoted(str(model.get('type')))}; supported is BPE"
-        )
-    byte_level, strips = _decoder(document)
-    model["dropout"] = None
-    document["truncation"] = document["padding"] = None
-    text = json.dumps(document, ensure_ascii=False)
-    special, plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
-    plain.encode_special_tokens = True  # set once, before anybody else can see it
+    special = Tokenizer.from_buffer(_content(path))
+    model = special.model
+    if not isinstance(model, BPE):
+        raise UnsupportedTokenizer(f"tokenizer.json: the model is {type(model).__name__}; supported is BPE")
+    model.dropout = None
+    special.no_truncation()
+    special.no_padding()
+    byte_level, strips = _decoder(special)
+    plain = _reading_no_control(special)
     added = special.get_added_tokens_decoder()
     tokens = _tokens(special)
     control = {i: token for i, token in added.items() if token.special}
     if byte_level:
-        stand_for = all_byte_level_bytes([(t, i not in added) for i, t in enumerate(tokens)])
+        stand_for = byte_level_bytes((t, i not in added) for i, t in enumerate(tokens))
     else:
         stand_for = [
             piece_bytes(t, is_byte=BYTE_NAME.fullmatch(t) is not None, is_text=i not in added)
@@ -71,7 +69,7 @@ def read_hf_json(path: Path) -> HFJson:
     )
 
 
-def _document(path: Path) -> Json:
+def _content(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -79,22 +77,30 @@ def _document(path: Path) -> Json:
         raise ModelNotFound(f"tokenizer.json cannot be read: {error.strerror}") from None
     if len(data) > MAX_FILE_BYTES:
         raise InvalidModelFile(f"tokenizer.json is larger than {MAX_FILE_BYTES} bytes")
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        raise InvalidModelFile("tokenizer.json is not JSON") from None
-    if not isinstance(document, dict) or not isinstance(cast(Json, document).get("model"), dict):
-        raise InvalidModelFile("tokenizer.json has no `model` object")
-    return cast(Json, document)
+    return data
 
 
-def _decoder(document: Json) -> tuple[bool, bool]:
+def _reading_no_control(special: Tokenizer) -> Tokenizer:
+    """The same tokenizer, to which names of control tokens are plain text. Shares the model."""
+    plain = Tokenizer(special.model)
+    if special.normalizer is not None:
+        plain.normalizer = special.normalizer
+    if special.pre_tokenizer is not None:
+        plain.pre_tokenizer = special.pre_tokenizer
+    added = special.get_added_tokens_decoder()
+    add_tokens(plain, user=[added[i] for i in sorted(added)])
+    if plain.get_added_tokens_decoder() != added:  # ids outside the model's vocabulary with gaps between them
+        raise UnsupportedTokenizer("tokenizer.json: added_tokens do not follow the vocabulary without gaps")
+    plain.encode_special_tokens = True  # set once, before anybody else can see it
+    return plain
+
+
+def _decoder(tokenizer: Tokenizer) -> tuple[bool, bool]:
     """Whether tokens are written in the byte alphabet, and whether a text's leading space is dropped."""
-    decoder = document.get("decoder")
     steps: list[Json] = []
-    if isinstance(decoder, dict):
-        found = cast(Json, decoder)
-        steps = cast(list[Json], found.get("decoders", [])) if found.get("type") == "Sequence" else [found]
+    if tokenizer.decoder is not None:
+        found: Json = json.loads(tokenizer.decoder.__getstate__())
+        steps = found["decoders"] if found["type"] == "Sequence" else [found]
     kinds = [step.get("type") for step in steps]
     if "ByteLevel" in kinds:
         return True, False

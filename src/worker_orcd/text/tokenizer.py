@@ -23,7 +23,13 @@ from worker_orcd.gguf.metadata import Metadata, quoted
 from worker_orcd.text.bpe import add_tokens, bpe_bytes, build_bpe
 from worker_orcd.text.hf_json import read_hf_json
 from worker_orcd.text.spm import build_spm, spm_bytes
-from worker_orcd.text.vocabulary import TokenType, Vocabulary, end_of_generation, read_vocabulary
+from worker_orcd.text.vocabulary import (
+    TURN_ENDS,
+    TokenType,
+    Vocabulary,
+    end_of_generation,
+    read_vocabulary,
+)
 
 Kind = Literal["gguf-bpe", "hf-json"]
 
@@ -288,7 +294,7 @@ def _from_json(metadata: Metadata, path: Path) -> Tokenizer:
             token_bytes=found.token_bytes,
             strips_leading_space=found.strips_leading_space,
             bos_id=bos,
-            eos_id=eos if eos is not None else min(ends, default=None),
+            eos_id=eos if eos is not None else next((names[t] for t in TURN_ENDS if t in names), None),
             adds_bos=adds_bos and bos is not None,
             end_of_generation=ends,
         )

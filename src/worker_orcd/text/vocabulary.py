@@ -21,29 +21,28 @@ MAX_TOKEN_BYTES = 4096  # the longest in use are 128 repeated characters or 256 
 MAX_MERGES = 1 << 23
 BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>", re.ASCII)
 
-# Tokens that end a turn, by their text: files name one of them as EOS and forget the others.
-TURN_ENDS = frozenset(
-    {
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|endoftext|>",
-        "<|return|>",
-        "<|call|>",
-        "<|end_of_text|>",
-        "<|end_of_turn|>",
-        "<|eot|>",
-        "<end_of_turn>",
-        "<turn|>",
-        "<EOT>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<｜end▁of▁sentence｜>",  # noqa: RUF001
-        "</s>",
-    }
+# Tokens that end a turn, by their text: files name one of them as EOS and forget the others. In the order in
+# which they are EOS where the file names none.
+TURN_ENDS = (
+    "<|return|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|eot|>",
+    "<EOT>",
+    "<|end|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "</s>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<|call|>",
 )
-# Ordinary markup besides: ends a turn only where the file itself calls it a control token.
-_MARKUP = frozenset({"</s>"})
+# `</s>` is ordinary markup besides: it ends a turn only where the file itself calls it a control token.
+_UNMISTAKABLE = frozenset(TURN_ENDS) - {"</s>"}
 
 
 class TokenType(IntEnum):
@@ -171,7 +170,7 @@ def _types(metadata: Metadata, tokens: list[str], declared: list[int | None]) ->
             raise InvalidModelFile(
                 f"tokenizer.ggml.tokens: token {i}, {quoted(text)}, is a byte, but not <0x00> to <0xFF>"
             )
-        if types[i] != TokenType.CONTROL and text in TURN_ENDS - _MARKUP:
+        if types[i] != TokenType.CONTROL and text in _UNMISTAKABLE:
             types[i] = TokenType.CONTROL  # some converters lose it, and then a user could end the turn
     undeclared = {TokenType.USER_DEFINED, TokenType.UNUSED} if key in metadata else {TokenType.NORMAL}
     for i in declared:
