@@ -79,7 +79,7 @@ class Engine:
         self._thread.start()
 
     def send(self, command: Command) -> None:
-        """Hand over a command. Once `stop` was called: raises Draining for a Submit, and has cancelled already."""
+        """Hand over a command. After `stop`, a Submit raises Draining and a Cancel has nothing to do."""
         with self._closing:
             if not self._closed:
                 self._inbox.put(command)

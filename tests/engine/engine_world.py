@@ -1,0 +1,293 @@
+"""
+A small world in which a scheduler lives from tick to tick, watched at every move.
+
+`play` runs a scenario (arrivals, cancellations, deadlines, faults, sizes) on any scheduler code, the real
+one or a mutant, and raises AssertionError where a promise is broken. Time is the tick's number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from engine_fakes import STOP, FakeDevice, Pending, alone
+from hypothesis import strategies as st
+
+from worker_orcd.config import EngineConfig
+from worker_orcd.engine.messages import Output, Submit
+from worker_orcd.sequence import FinishReason, Row, RowFailure, SamplingParams, Sequence, Step
+
+MAX_TICKS = 1500
+MAX_ALLOCATIONS = 1000  # in one step of at most a dozen sequences
+
+
+@dataclass(frozen=True)
+class Code:
+    """The modules under test."""
+
+    scheduler: ModuleType
+    blocks: ModuleType
+
+
+@dataclass(frozen=True)
+class Arrival:
+    tick: int
+    prompt: list[int]
+    max_tokens: int
+    min_tokens: int = 0
+    priority: int = 0
+    salt: bytes = b""
+    seed: int = 0
+    deadline: int | None = None  # ticks after the arrival
+    cancel: int | None = None  # ticks after the arrival
+    cancel_in_flight: bool = False  # while the device computes, not between steps
+    fails_at: int | None = None  # the tick at which the device reports a failure of the row
+
+
+@dataclass(frozen=True)
+class Scenario:
+    arrivals: list[Arrival]
+    num_blocks: int = 16
+    block_size: int = 4
+    budget: int = 16
+    max_seqs: int = 4
+    caching: bool = True
+    failing_ticks: frozenset[int] = frozenset()  # steps that fail as a whole
+
+
+PREFIXES = st.sampled_from([[], [7] * 9, [7] * 4 + [8] * 8, [6] * 4 + [8] * 8, list(range(20))])
+PROMPTS = st.builds(lambda p, t: p + t, PREFIXES, st.lists(st.integers(0, 23), min_size=1, max_size=12))
+ARRIVALS = st.builds(
+    Arrival,
+    tick=st.integers(0, 20),
+    prompt=PROMPTS,
+    max_tokens=st.integers(1, 12),
+    min_tokens=st.sampled_from([0, 0, 0, 3]),
+    priority=st.sampled_from([0, 0, 0, 1, -1]),
+    salt=st.sampled_from([b"", b"", b"other"]),
+    seed=st.integers(0, 2),
+    deadline=st.none() | st.integers(0, 25),
+    cancel=st.none() | st.integers(0, 25),
+    cancel_in_flight=st.booleans(),
+    fails_at=st.none() | st.none() | st.integers(0, 30),
+)
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    size = draw(st.sampled_from([1, 2, 4, 4, 5]))
+    return Scenario(
+        arrivals=draw(st.lists(ARRIVALS, min_size=1, max_size=8)),
+        num_blocks=draw(st.integers(46, 90)) // size + 2,  # the longest sequence has 44 tokens
+        block_size=size,
+        budget=draw(st.integers(1, 24)),
+        max_seqs=draw(st.integers(1, 5)),
+        caching=draw(st.booleans() | st.just(True)),
+        failing_ticks=draw(st.just(frozenset[int]()) | st.frozensets(st.integers(0, 30), max_size=3)),
+    )
+
+
+@dataclass
+class Story:
+    """What came out for one arrival."""
+
+    arrival: Arrival
+    sequence: Sequence
+    tokens: list[int] = field(default_factory=list)
+    final: Output | None = None
+    first_tick: int | None = None  # of the first step that computed it
+
+
+class World:
+    def __init__(self, code: Code, scenario: Scenario) -> None:
+        self.scenario = scenario
+        config = EngineConfig(
+            max_num_seqs=scenario.max_seqs,
+            max_num_batched_tokens=scenario.budget,
+            block_size=scenario.block_size,
+            enable_prefix_caching=scenario.caching,
+        )
+        self.pool = code.blocks.BlockPool(scenario.num_blocks)
+        self.scheduler = code.scheduler.Scheduler(config, self.pool)
+        self.device = FakeDevice(scenario.num_blocks, scenario.block_size)
+        self.num_allocations = 0  # in this step
+        self.allocate = self.pool.allocate
+        self.pool.allocate = self.count_and_allocate
+        self.stories: dict[int, Story] = {}
+        self.tick = 0
+        self.in_flight: list[Row] = []
+
+    def count_and_allocate(self, count: int) -> list[int]:
+        self.num_allocations += 1
+        assert self.num_allocations < MAX_ALLOCATIONS, "sequences preempt each other for ever"
+        return self.allocate(count)
+
+    def submit(self, arrival: Arrival) -> Story:
+        sequence_id = len(self.stories)
+        command = Submit(
+            id=sequence_id,
+            prompt_token_ids=tuple(arrival.prompt),
+            max_tokens=arrival.max_tokens,
+            stop_token_ids=STOP,
+            sampling=SamplingParams(seed=arrival.seed),
+            min_tokens=arrival.min_tokens,
+            priority=arrival.priority,
+            deadline=None if arrival.deadline is None else arrival.tick + arrival.deadline,
+            cache_salt=arrival.salt,
+        )
+        assert self.scheduler.submit(command, self.tick) == [], "everything here fits"
+        sequence = next(s for s in self.scheduler.waiting if s.id == sequence_id)
+        story = self.stories[sequence_id] = Story(arrival, sequence)
+        return story
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            story = self.stories[output.id]
+            assert story.final is None, "an output after the last one"
+            story.tokens += [token.token_id for token in output.tokens]
+            assert output.tokens or output.finish_reason is not None, "an output that says nothing"
+            if output.finish_reason is not None:
+                story.final = output
+            if story.first_tick is not None:
+                assert output.queue_seconds == story.first_tick - story.arrival.tick
+        self.check()
+
+    def cancel(self, *, in_flight: bool) -> None:
+        for sequence_id, story in list(self.stories.items()):
+            arrival = story.arrival
+            if arrival.cancel is not None and arrival.cancel_in_flight == in_flight:
+                if arrival.tick + arrival.cancel == self.tick:
+                    was_live = story.final is None
+                    self.take(self.scheduler.cancel(sequence_id))
+                    assert story.final is not None, "cancelling takes effect at once"
+                    assert not was_live or story.final.finish_reason is FinishReason.CANCELLED
+                elif arrival.tick + arrival.cancel < self.tick:
+                    assert self.scheduler.cancel(sequence_id) == [], "cancelling twice does nothing"
+
+    def step(self) -> dict[int, int]:
+        """One turn of the engine: how many tokens it computed, by sequence id."""
+        self.take(self.scheduler.expire(self.tick))
+        admitted_before = {s.id for s in self.scheduler.running}
+        self.num_allocations = 0
+        step = self.scheduler.schedule(self.tick)
+        if step is None:
+            assert not self.stories or all(s.final for s in self.stories.values()), "work, but no step"
+            return {}
+        self.check_step(step, admitted_before)
+        self.in_flight = list(step.rows)
+        self.check()
+        for row in step.rows:
+            story = self.stories[row.sequence.id]
+            story.first_tick = self.tick if story.first_tick is None else story.first_tick
+            if story.arrival.fails_at == self.tick:
+                self.device.failing_rows[row.sequence.id] = RowFailure("INTERNAL", "made to fail")
+        pending = self.device.launch(step)
+        self.cancel(in_flight=True)
+        self.check_in_flight(pending)
+        results = pending.wait()
+        self.in_flight = []
+        if self.tick in self.scenario.failing_ticks:
+            self.device.spoil(pending)
+            self.take(self.scheduler.fail(step, "VRAM_OOM", "made to fail"))
+            assert all(row.sequence.finish_reason is not None for row in step.rows)
+        else:
+            self.take(self.scheduler.update(step, results))
+            stats = self.scheduler.stats(0.5)
+            assert stats.num_rows == len(step.rows) and stats.num_tokens == sum(
+                r.num_tokens for r in step.rows
+            )
+            assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
+        return {row.sequence.id: row.num_tokens for row in step.rows}
+
+    # -- promises ------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Reference counts are right, free + held = total, lists are sorted, and who waits holds nothing."""
+        live = self.scheduler.running + self.scheduler.waiting
+        ended = [r.sequence for r in self.in_flight if r.sequence not in live]
+        held = Counter(b for s in self.scheduler.running + ended for b in s.block_ids)
+        for block_id in range(self.pool.num_blocks):
+            assert self.pool.ref_count(block_id) == held[block_id], "a reference count is wrong"
+        assert len(held) + self.pool.num_free == self.pool.num_usable == self.scenario.num_blocks - 1
+        salts: dict[int, bytes] = {}
+        for s in self.scheduler.running:
+            assert s.block_ids and len(set(s.block_ids)) == len(s.block_ids)
+            for block_id in s.block_ids:
+                assert salts.setdefault(block_id, s.cache_salt) == s.cache_salt, "shared between salts"
+        assert not any(s.block_ids for s in self.scheduler.waiting), "who waits holds no blocks"
+        assert not any(s.num_computed_tokens for s in self.scheduler.waiting), "and has nothing computed"
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            ranks = [(s.priority, s.arrival) for s in queue]
+            assert ranks == sorted(ranks)
+        assert {s.id for s in live} == {i for i, story in self.stories.items() if story.final is None}
+
+    def check_step(self, step: Step, admitted_before: set[int]) -> None:
+        scenario, scheduler = self.scenario, self.scheduler
+        assert 0 < step.num_tokens <= scenario.budget
+        assert len(scheduler.running) <= scenario.max_seqs
+        assert len({r.sequence.id for r in step.rows}) == len(step.rows)
+        for row in step.rows:
+            assert 0 < row.num_tokens <= row.sequence.num_uncomputed_tokens
+            deadline = self.stories[row.sequence.id].sequence.deadline
+            assert deadline is None or deadline > self.tick, "cycles on doomed work"
+            first = row.sequence.num_computed_tokens // scenario.block_size
+            last = (row.sequence.num_computed_tokens + row.num_tokens - 1) // scenario.block_size
+            for block_id in row.sequence.block_ids[first : last + 1]:
+                assert self.pool.ref_count(block_id) == 1, "a write to a shared block"
+        in_step = {r.sequence.id for r in step.rows}
+        idle = [s for s in scheduler.running if s.id not in in_step]
+        assert not idle or step.num_tokens == scenario.budget, "budget left, and somebody idle"
+        if any(s.num_uncomputed_tokens == 1 for s in idle):  # a decode stalls: only decodes may be before it
+            assert all(r.num_tokens == 1 for r in step.rows)
+        unfinished = [r for r in step.rows if not r.samples]
+        assert not unfinished or step.num_tokens == scenario.budget, "a prompt could have gone on"
+        for admitted in (s for s in scheduler.running if s.id not in admitted_before):
+            for waiting in scheduler.waiting:
+                assert (admitted.priority, admitted.arrival) < (waiting.priority, waiting.arrival), (
+                    "overtaken"
+                )
+
+    def check_in_flight(self, pending: Pending) -> None:
+        for block_id in pending.block_ids:
+            assert self.pool.ref_count(block_id) > 0, "a block was freed while the device may write to it"
+
+
+def play(code: Code, scenario: Scenario) -> World:
+    """Run a scenario to its end. Raises AssertionError where a promise is broken."""
+    world = World(code, scenario)
+    last_event = max(a.tick + max(a.cancel or 0, a.deadline or 0) for a in scenario.arrivals)
+    for world.tick in range(MAX_TICKS):
+        for arrival in scenario.arrivals:
+            if arrival.tick == world.tick:
+                world.submit(arrival)
+        world.cancel(in_flight=False)
+        if not world.step() and world.tick > last_event:
+            break
+    else:
+        raise AssertionError("starved")
+    assert world.pool.num_free == world.pool.num_usable, "blocks were lost"
+    for story in world.stories.values():
+        check_story(story, scenario)
+    return world
+
+
+def check_story(story: Story, scenario: Scenario) -> None:
+    arrival = story.arrival
+    assert story.final is not None, "no last output"
+    expected = alone(arrival.prompt, arrival.max_tokens, seed=arrival.seed, min_tokens=arrival.min_tokens)
+    assert story.sequence.token_ids == arrival.prompt + story.tokens
+    match story.final.finish_reason:
+        case FinishReason.STOP:
+            assert story.tokens == expected and story.tokens[-1] in STOP
+        case FinishReason.LENGTH:
+            assert story.tokens == expected and len(story.tokens) == arrival.max_tokens
+        case reason:
+            assert story.tokens == expected[: len(story.tokens)]
+            allowed = {
+                FinishReason.CANCELLED: arrival.cancel is not None,
+                FinishReason.DEADLINE: arrival.deadline is not None,
+                FinishReason.ERROR: arrival.fails_at is not None or bool(scenario.failing_ticks),
+            }
+            assert allowed.get(reason)
+    assert (story.final.error is not None) == (story.final.finish_reason is FinishReason.ERROR)
