@@ -8,6 +8,11 @@ static _Atomic(const orcd_kernels *) chosen = &orcd_scalar_kernels;
 #ifdef __x86_64__
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+static int has_avx512(void) {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 static const orcd_kernels *available(const char *name) {
@@ -15,7 +20,7 @@ static const orcd_kernels *available(const char *name) {
 #ifdef __x86_64__
   __builtin_cpu_init();
   if (strcmp(name, orcd_avx2_kernels.name) == 0 && has_avx2()) return &orcd_avx2_kernels;
-
+  if (strcmp(name, orcd_avx512_kernels.name) == 0 && has_avx512()) return &orcd_avx512_kernels;
 #endif
   return NULL;
 }

@@ -6,6 +6,8 @@
  */
 #include "linear.h"
 
+#include <errno.h>
+
 
 #define CHUNK_BYTES (96 << 10)      /* of weights: long enough to hide a claim, short enough to share out evenly */
 #define CHUNKS_PER_THREAD 4         /* at least, so that a slow thread can be helped */
@@ -139,7 +141,7 @@ static int plan_quantized(const orcd_op *op, int64_t tokens, orcd_task *task) {
   if (lanes <= SELF_QUANTIZED_LANES) {
     const size_t bytes = activation_bytes(op, tokens, MAX_LANES);
     for (int i = 0; i < orcd_num_threads(); i++)
-      if (orcd_thread_scratch(i, bytes) == NULL) return ORCD_ERROR_MEMORY;
+      if (orcd_thread_scratch(i, bytes) == NULL) return -ENOMEM;
     task->p1 = panels_per_chunk(panels, size, 1);
     task->p2 = 1;
     task->run = run_self_quantized;
@@ -147,7 +149,7 @@ static int plan_quantized(const orcd_op *op, int64_t tokens, orcd_task *task) {
     return 1;
   }
   task->scratch = orcd_shared_scratch(activation_bytes(op, tokens, max_lanes));
-  if (task->scratch == NULL) return ORCD_ERROR_MEMORY;
+  if (task->scratch == NULL) return -ENOMEM;
   const int64_t tile_bytes = op->k / 32 * LANE_BLOCK_BYTES * max_lanes;
   task->p2 = smaller(tiles, at_least_one(TOKEN_BLOCK_BYTES / tile_bytes));
   const int64_t token_blocks = divide_up(tiles, task->p2);
@@ -192,9 +194,9 @@ static int plan_float(const orcd_op *op, int64_t tokens, orcd_task *task) {
 
 int orcd_plan_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
   const int64_t tokens = batch_rows(op, batch);
-  if (orcd_packed_bytes(op->format, op->n, op->k) < 0 || op->weight == NULL) return ORCD_ERROR_SHAPE;
-  if (op->activations != 8 && op->activations != 16 && op->activations != 32) return ORCD_ERROR_SHAPE;
-  if (tokens <= 0) return tokens == 0 ? 0 : ORCD_ERROR_SHAPE;
+  if (orcd_packed_bytes(op->format, op->n, op->k) < 0 || op->weight == NULL) return -EINVAL;
+  if (op->activations != 8 && op->activations != 16 && op->activations != 32) return -EINVAL;
+  if (tokens <= 0) return tokens == 0 ? 0 : -EINVAL;
   tasks[0] = (orcd_task){.op = op, .batch = batch};
   if (op->activations == 32 || is_float_format(op->format)) return plan_float(op, tokens, tasks);
   return plan_quantized(op, tokens, tasks);
@@ -213,8 +215,8 @@ static void run_embed(const orcd_task *task, int64_t chunk, int thread) {
 }
 
 int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
-  if (orcd_packed_bytes(op->format, op->n, op->k) < 0 || op->weight == NULL) return ORCD_ERROR_SHAPE;
-  if (batch->num_tokens < 0) return ORCD_ERROR_SHAPE;
+  if (orcd_packed_bytes(op->format, op->n, op->k) < 0 || op->weight == NULL) return -EINVAL;
+  if (batch->num_tokens < 0) return -EINVAL;
   tasks[0] = (orcd_task){.op = op, .batch = batch, .run = run_embed, .p0 = batch->num_tokens};
   tasks[0].num_chunks = divide_up(batch->num_tokens, EMBED_TOKENS_PER_CHUNK);
   return 1;

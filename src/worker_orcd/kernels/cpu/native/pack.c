@@ -7,6 +7,8 @@
  */
 #include "linear.h"
 
+#include <errno.h>
+
 
 static const orcd_format formats[NUM_TYPE_IDS] = {
     [F32] = {1, 4, 0, 64, 0},          [F16] = {1, 2, 0, 32, 0},         [BF16] = {1, 2, 0, 32, 0},
@@ -156,8 +158,8 @@ static void pack_float_row(const orcd_format *f, int64_t k, uint8_t *panel, int 
 }
 
 int orcd_pack(int32_t format, int64_t n, int64_t k, int64_t row0, int64_t rows, const uint8_t *src, void *dst) {
-  if (orcd_packed_bytes(format, n, k) < 0) return ORCD_ERROR_SHAPE;
-  if (row0 < 0 || row0 % 16 != 0 || rows < 0 || rows > n || row0 > n - rows) return ORCD_ERROR_SHAPE;
+  if (orcd_packed_bytes(format, n, k) < 0) return -EINVAL;
+  if (row0 < 0 || row0 % 16 != 0 || rows < 0 || rows > n || row0 > n - rows) return -EINVAL;
   const orcd_format *f = orcd_find_format(format);
   const int64_t blocks = k / f->block, row_bytes = blocks * f->bytes, panel_size = 16 * row_bytes;
   uint8_t *panel = (uint8_t *)dst + row0 / 16 * panel_size;
@@ -333,7 +335,7 @@ void orcd_panel_weights(int32_t format, const uint8_t *panel, int64_t k0, int co
 }
 
 int orcd_unpack_row(int32_t format, int64_t n, int64_t k, int64_t row, const void *packed, float *out) {
-  if (orcd_packed_bytes(format, n, k) < 0 || row < 0 || row >= n) return ORCD_ERROR_SHAPE;
+  if (orcd_packed_bytes(format, n, k) < 0 || row < 0 || row >= n) return -EINVAL;
   const uint8_t *panel = (const uint8_t *)packed + row / 16 * panel_bytes(&formats[format], k);
   for (int64_t k0 = 0; k0 < k; k0 += 32) {
     float piece[32];

@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #include "orcd.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -243,7 +244,7 @@ static void create_threads(int wanted) {
 }
 
 int orcd_set_threads(int num_threads, int pin) {
-  if (num_threads < 1 || num_threads > MAX_THREADS) return ORCD_ERROR_SHAPE;
+  if (num_threads < 1 || num_threads > MAX_THREADS) return -EINVAL;
   pthread_mutex_lock(&pool.running);
   atomic_store(&pool.active, num_threads);
   pool.pin = pin;
@@ -307,15 +308,15 @@ static int plan(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
     case ORCD_SCALE:
     case ORCD_TAKE:
     case ORCD_ROPE_ANGLES: return orcd_plan_elementwise(op, batch, tasks);
-    default: return ORCD_ERROR_KIND;
+    default: return -EINVAL;
   }
 }
 
 static int plan_all(const orcd_op *ops, int32_t num_ops, const orcd_batch *batch) {
-  if (num_ops < 0 || num_ops > MAX_TASKS / 2) return ORCD_ERROR_SHAPE;
+  if (num_ops < 0 || num_ops > MAX_TASKS / 2) return -EINVAL;
   if (2 * (int64_t)num_ops > pool.capacity) {
     orcd_task *tasks = realloc(pool.tasks, 2 * (size_t)num_ops * sizeof *tasks);
-    if (tasks == NULL) return ORCD_ERROR_MEMORY;
+    if (tasks == NULL) return -ENOMEM;
     pool.tasks = tasks;
     pool.capacity = 2 * (int64_t)num_ops;
   }
@@ -325,7 +326,7 @@ static int plan_all(const orcd_op *ops, int32_t num_ops, const orcd_batch *batch
     const int count = plan(&ops[i], batch, planned);
     if (count < 0) return count;
     for (int j = 0; j < count; j++) {
-      if (planned[j].num_chunks > MAX_CHUNKS) return ORCD_ERROR_SHAPE;
+      if (planned[j].num_chunks > MAX_CHUNKS) return -E2BIG;
       if (planned[j].num_chunks > 0) pool.tasks[pool.num_tasks++] = planned[j];
     }
   }
