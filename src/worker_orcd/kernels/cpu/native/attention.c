@@ -5,6 +5,7 @@
  * head. An item passes over all splits of its positions; when there are few items, each split is an item of its
  * own and a second task merges them, by the same merge in the same order.
  */
+#include <errno.h>
 #include <math.h>
 #include <string.h>
 
@@ -187,7 +188,7 @@ static int valid(const orcd_op *op) {
 }
 
 int orcd_plan_attention(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
-  if (!valid(op) || !op->out || op->num_heads <= 0 || op->num_heads % op->num_kv_heads) return ORCD_ERROR_SHAPE;
+  if (!valid(op) || !op->out || op->num_heads <= 0 || op->num_heads % op->num_kv_heads) return -EINVAL;
   orcd_task task = {.op = op, .batch = batch, .run = run_attention};
   task.p0 = larger(1, TASK_QUERIES / group_size(op));
   if (batch->num_tokens == batch->num_rows) task.p0 = 1;
@@ -197,14 +198,14 @@ int orcd_plan_attention(const orcd_op *op, const orcd_batch *batch, orcd_task *t
   while (next_item(op, batch, task.p0, &it)) items++;
   parts = it.part;
   for (int thread = 0; thread < threads; thread++) {
-    if (!orcd_thread_scratch(thread, (size_t)scratch_bytes(op, task.p0))) return ORCD_ERROR_MEMORY;
+    if (!orcd_thread_scratch(thread, (size_t)scratch_bytes(op, task.p0))) return -ENOMEM;
   }
   task.p1 = threads > 1 && parts > items && items * op->num_kv_heads < ITEMS_PER_THREAD * threads;
   task.num_chunks = (task.p1 ? parts : items) * op->num_kv_heads;
   if (task.p1) {
     const int64_t floats = parts * task.p0 * op->num_heads * state_floats(op);
     task.scratch = orcd_shared_scratch((size_t)floats * sizeof(float));
-    if (!task.scratch) return ORCD_ERROR_MEMORY;
+    if (!task.scratch) return -ENOMEM;
     tasks[1] = task;
     tasks[1].run = run_merge;
     tasks[1].num_chunks = items;
@@ -223,7 +224,7 @@ static void run_store(const orcd_task *task, int64_t chunk, int thread) {
 }
 
 int orcd_plan_store_kv(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
-  if (!valid(op) || !op->y) return ORCD_ERROR_SHAPE;
+  if (!valid(op) || !op->y) return -EINVAL;
   *tasks = (orcd_task){.op = op, .batch = batch, .run = run_store};
   tasks->num_chunks = (batch->num_tokens + STORE_TOKENS - 1) / STORE_TOKENS;
   return 1;

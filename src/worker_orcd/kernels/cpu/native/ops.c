@@ -4,6 +4,7 @@
  * Sums have one order whatever the instruction set (ops_kernels.h); everything else is a fixed expression of its
  * own element, so how rows and columns are dealt to chunks cannot be seen in the result.
  */
+#include <errno.h>
 #include <math.h>
 #include <string.h>
 
@@ -92,9 +93,9 @@ int orcd_plan_elementwise(const orcd_op *op, const orcd_batch *batch, orcd_task 
   const int by_columns = op->kind == ORCD_SWIGLU || op->kind == ORCD_ADD || op->kind == ORCD_SCALE;
   if (!by_columns && op->kind != ORCD_RMS_NORM && op->kind != ORCD_ROPE && op->kind != ORCD_ROPE_ANGLES &&
       op->kind != ORCD_TAKE) {
-    return ORCD_ERROR_KIND;
+    return -EINVAL;
   }
-  if (!valid(op)) return ORCD_ERROR_SHAPE;
+  if (!valid(op)) return -EINVAL;
   const int expensive = op->kind == ORCD_SWIGLU || op->kind == ORCD_ROPE_ANGLES;
   const int64_t elements = expensive ? CHUNK_EXPONENTIALS : CHUNK_ELEMENTS;
   const int64_t rows = op->rows == ORCD_LOGITS ? batch->num_logits : batch->num_tokens;

@@ -45,9 +45,6 @@ enum orcd_kind {
   ORCD_ROPE_ANGLES = 11, /* ops.c: out[t][0..width) = cos then sin of position * inv_freq, once a step */
 };
 
-/* What a planner returns instead of a number of tasks. */
-enum { ORCD_ERROR_KIND = -1, ORCD_ERROR_SHAPE = -2, ORCD_ERROR_MEMORY = -3 };
-
 /* One operation. Unused fields are zero. */
 typedef struct {
   int32_t kind, rows;        /* orcd_kind; ORCD_TOKENS or ORCD_LOGITS */
@@ -94,7 +91,7 @@ void *orcd_thread_scratch(int thread, size_t bytes);
 /* Scratch shared by the chunks of a task and the task after it. Two alternating buffers. NULL when out. */
 void *orcd_shared_scratch(size_t bytes);
 
-/* ---- planners: write the tasks of an operation, return how many (1 or 2), or a negative error ------------- */
+/* ---- planners: write the tasks of an operation, return how many (1 or 2), or -EINVAL or -ENOMEM ------------- */
 
 int orcd_plan_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
 int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
