@@ -6,6 +6,10 @@ from typing import Annotated
 
 import typer
 
+from worker_orcd.cli.bench import bench
+from worker_orcd.cli.chat import run
+from worker_orcd.cli.doctor import doctor
+from worker_orcd.cli.inspect import inspect
 from worker_orcd.cli.serve import serve
 from worker_orcd.cli.terminal import progress_bar, reports_errors
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
@@ -22,8 +26,8 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command()(reports_errors(serve))
-    app.command()(reports_errors(fetch))
+    for command in (serve, run, inspect, bench, doctor, fetch):
+        app.command()(reports_errors(command))
     app.command()(version)
     return app
 
@@ -31,7 +35,10 @@ def build() -> typer.Typer:
 def fetch(
     model: Annotated[str, typer.Argument(help="hf:org/repo/file.gguf, or demo", metavar="MODEL")],
 ) -> None:
-    """Download a model into the cache, if it is not there, and print where its file is."""
+    """Download a model into the cache.
+
+    If it is not there already; then print where its file is.
+    """
     from worker_orcd import hub
 
     with progress_bar() as report:
@@ -40,5 +47,5 @@ def fetch(
 
 
 def version() -> None:
-    """Print the version and the reproducibility contract."""
+    """Print the version."""
     print(f"worker-orcd {VERSION} (reproducibility contract {REPRODUCIBILITY_CONTRACT})")

@@ -39,9 +39,7 @@ def run(
     ],
     prompt: Annotated[
         str | None,
-        typer.Argument(
-            help="answer this and exit (-: standard input)", metavar="[PROMPT]", show_default=False
-        ),
+        typer.Argument(help="answer this and exit (-: standard input)", metavar="PROMPT", show_default=False),
     ] = None,
     system: Annotated[str | None, typer.Option(help="system message", show_default=False)] = None,
     raw: Annotated[
@@ -68,7 +66,7 @@ def run(
     ] = None,
     config: ConfigFile = None,
 ) -> None:
-    """Answer one prompt, or chat in the terminal if there is none."""
+    """Answer a prompt, or chat in the terminal."""
     settings, warnings = load_config({"model": model, **given}, config_file=config)
     warn_all(warnings)
     interactive = prompt is None and sys.stdin.isatty()
@@ -187,7 +185,7 @@ class Chat:
         shown: list[str] = []
         times: list[float] = []
         first = loaded.tokenizer.starts_text(prompt)
-        started = time.monotonic()
+        started = time.perf_counter()
         number = self.engine.submit(
             tuple(prompt),
             self.sampling,
@@ -198,10 +196,10 @@ class Chat:
             contextlib.closing(self.engine.outputs(number)) as outputs,
             contextlib.suppress(KeyboardInterrupt),
         ):
-            for output in outputs:
+            for when, output in outputs:
                 ends = output.finish_reason is FinishReason.STOP
                 for token in output.tokens[: len(output.tokens) - ends]:
-                    times.append(time.monotonic())
+                    times.append(when)
                     piece = loaded.tokenizer.stream_bytes(token.token_id, first=first)
                     first = first and token.token_id in loaded.tokenizer.control_ids
                     _show(text.push(piece).text, shown)

@@ -49,7 +49,10 @@ def inspect(
     tensors: Annotated[bool, typer.Option(help="list every tensor")] = True,
     config: ConfigFile = None,
 ) -> None:
-    """Print the metadata, tensors and quantisation of a model file, and a memory plan for serving it."""
+    """Print what a model file holds.
+
+    Metadata, tensors, how the bytes divide among tensor types, and what serving it would take here.
+    """
     settings, warnings = load_config({"model": model, "max_model_len": context, **given}, config_file=config)
     warn_all(warnings)
     from worker_orcd import hub

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import queue
 import sys
+import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from worker_orcd.engine.engine import Engine
     from worker_orcd.worker import LoadedModel
 
+Arrived = tuple[float, Output]  # when the engine published it (time.perf_counter), and what
 STOP_SECONDS = 10.0  # a step of the slowest model is shorter
 
 
@@ -30,15 +32,16 @@ class LocalEngine:
     ) -> None:
         self.loaded = loaded
         self._ids = itertools.count(1)
-        self._outputs: dict[int, queue.SimpleQueue[Output]] = {}
+        self._arrived: dict[int, queue.SimpleQueue[Arrived]] = {}
         self._engine = start(loaded, self._publish, observer)
 
     def _publish(self, outputs: list[Output]) -> None:
         """On the engine's thread. Nobody may be waiting any more for a sequence that was cancelled."""
+        now = time.perf_counter()
         for output in outputs:
-            waiting = self._outputs.get(output.id)
+            waiting = self._arrived.get(output.id)
             if waiting is not None:
-                waiting.put(output)
+                waiting.put((now, output))
 
     def submit(
         self,
@@ -50,7 +53,7 @@ class LocalEngine:
     ) -> int:
         """Start computing; the id to `outputs` of."""
         number = next(self._ids)
-        self._outputs[number] = queue.SimpleQueue()
+        self._arrived[number] = queue.SimpleQueue()
         self._engine.send(
             Submit(
                 id=number,
@@ -62,19 +65,19 @@ class LocalEngine:
         )
         return number
 
-    def outputs(self, number: int) -> Generator[Output]:
+    def outputs(self, number: int) -> Generator[Arrived]:
         """Until the last one. Closing the generator cancels the sequence. Raises Internal."""
-        waiting = self._outputs[number]
+        waiting = self._arrived[number]
         finished = False
         try:
             while not finished:
-                output = waiting.get()
+                when, output = waiting.get()
                 finished = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
                     raise Internal(output.error or "the engine failed")
-                yield output
+                yield when, output
         finally:
-            del self._outputs[number]
+            del self._arrived[number]
             if not finished:
                 self._engine.send(Cancel(number))
 

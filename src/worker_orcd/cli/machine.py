@@ -32,7 +32,7 @@ class Machine:
 
 
 def describe(root: Path = _ROOT) -> Machine:
-    """This machine, as this process sees it."""
+    """The machine as this process sees it."""
     fields = _cpu_fields(root)
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     return Machine(

@@ -26,7 +26,10 @@ def serve(
         bool, typer.Option("--insecure", help="listen beyond this machine without an API key")
     ] = False,
 ) -> None:
-    """Load a model and serve it over HTTP until SIGTERM or Ctrl-C."""
+    """Load a model and serve it over HTTP.
+
+    Until SIGTERM or Ctrl-C; running requests get the grace period to finish.
+    """
     settings, warnings = load_config(given, config_file=config, api_key_file=api_key_file, insecure=insecure)
     warn_all(warnings)
     from worker_orcd import worker  # after the settings are known to be good: it takes a second
