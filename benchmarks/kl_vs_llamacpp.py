@@ -43,7 +43,8 @@ def compare(
         same.append(reference.argmax(-1) == ours.argmax(-1))
     kl, top1 = np.concatenate(divergences), np.concatenate(same)
     print(
-        f"| {name:<22} | {kl.mean():.6f} | {np.median(kl):.6f} | {kl.max():.5f} | {100 * top1.mean():5.1f} % |",
+        f"| {name:<22} | {kl.mean():.6f} | {np.median(kl):.6f} | {kl.max():.5f} "
+        f"| {100 * top1.mean():5.1f} % |",
         flush=True,
     )
 
