@@ -54,8 +54,7 @@ def load_library(
 
     `compilers` are tried in order; the first one present is used. `cache` defaults to `cache_directory()`.
     """
-    files = sorted([*sources.glob("*.c"), *sources.glob("*.h")])
-    source_hash = _digest(part for file in files for part in (file.name.encode(), file.read_bytes()))
+    source_hash = _source_hash(sources)
     shipped = sources / shipped_name(source_hash)
     if shipped.exists():
         return _open(shipped)
@@ -73,9 +72,22 @@ def load_library(
     return _compile_into(folder, compiler, sources)
 
 
+def ship_library(folder: Path, sources: Path = SOURCES) -> Path:
+    """Compile the library that a wheel carries, into `folder`. Raises LibraryUnavailable."""
+    compiler = _find_compiler(COMPILERS)
+    with tempfile.TemporaryDirectory(prefix="worker-orcd-") as temporary:
+        built = compile_library(Path(temporary), compiler.command, sources)
+        return Path(shutil.copyfile(built, folder / shipped_name(_source_hash(sources))))
+
+
 def shipped_name(source_hash: str) -> str:
     """The file name of a library in a wheel for this kind of machine."""
     return f"liborcd-{platform.system().lower()}-{platform.machine()}-{source_hash}.so"
+
+
+def _source_hash(sources: Path) -> str:
+    files = sorted([*sources.glob("*.c"), *sources.glob("*.h")])
+    return _digest(part for file in files for part in (file.name.encode(), file.read_bytes()))
 
 
 def _digest(parts: Iterable[bytes]) -> str:
