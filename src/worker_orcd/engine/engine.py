@@ -37,7 +37,7 @@ _MAX_FAILING_STEPS = 3
 Publish = Callable[[list[Output]], None]
 
 
-def _ignore_failure(_error: EngineError) -> None:
+def ignore_failure(_error: EngineError) -> None:
     """The outputs say it too; only a worker that should exit needs to be told."""
 
 
@@ -57,7 +57,7 @@ class Engine:
         *,
         observer: StepObserver | None = None,
         narration: Narration | None = None,
-        on_failure: Callable[[EngineError], None] = _ignore_failure,
+        on_failure: Callable[[EngineError], None] = ignore_failure,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -124,18 +124,30 @@ class Engine:
         if step is None:
             self._flush()
             return
-        try:
-            pending = self._runner.launch(step)
-            self._receive(wait=False)
-            self._flush()
-            results = _check(pending.wait(), step)
-        except Exception as error:
-            self._fail(step, self._explain(error))
-        else:
+        results = self._compute(step)
+        if results is not None:
             self._num_failing_steps = 0
             self._outputs += self._scheduler.update(step, results)
         self.snapshot = self._scheduler.snapshot(failed=self._failure is not None)
         self._observe(time.monotonic() - started)
+
+    def _compute(self, step: Step) -> Sequence[RowResult] | None:
+        """One result a row, or None if the step failed, and then its sequences have been told."""
+        try:
+            pending = self._runner.launch(step)
+        except Exception as error:
+            self._fail(step, self._explain(error))
+            return None
+        self._receive(wait=False)
+        self._flush()
+        try:
+            results = pending.wait()
+            if len(results) != len(step.rows):
+                raise Internal(f"the runner gave {len(results)} results for {len(step.rows)} rows")
+        except Exception as error:
+            self._fail(step, self._explain(error))
+            return None
+        return results
 
     def _receive(self, *, wait: bool) -> None:
         """Take in all commands there are; with `wait`, at least one."""
@@ -212,9 +224,3 @@ class Engine:
         self.snapshot = self._scheduler.snapshot(failed=True)
         self._narration.tell("error", f"The engine has stopped for good: {error.message}.", code=error.code)
         self._on_failure(error)
-
-
-def _check(results: Sequence[RowResult], step: Step) -> Sequence[RowResult]:
-    if len(results) != len(step.rows):
-        raise Internal(f"the runner gave {len(results)} results for {len(step.rows)} rows")
-    return results

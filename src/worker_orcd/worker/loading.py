@@ -1,27 +1,40 @@
-"""From a configuration to a model that can compute, and from that to a running engine. Interface; no HTTP
-here."""
+"""From a configuration to a model that can compute, and from that to a running engine. No HTTP here."""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from worker_orcd.config import EngineConfig, WorkerConfig
-from worker_orcd.engine.engine import Engine, Publish
+from worker_orcd import hub
+from worker_orcd.config import DeviceConfig, EngineConfig, WorkerConfig
+from worker_orcd.engine.blocks import BlockPool
+from worker_orcd.engine.engine import Engine, Publish, ignore_failure
 from worker_orcd.engine.messages import StepObserver
-from worker_orcd.errors import EngineError
+from worker_orcd.engine.scheduler import Scheduler
+from worker_orcd.errors import EngineError, InvalidConfiguration, InvalidModelFile
+from worker_orcd.gguf.kind import quant_kind
+from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.hub import Progress
 from worker_orcd.kernels.backend import Backend
+from worker_orcd.kernels.select import select_backend
+from worker_orcd.model.architectures import configure
 from worker_orcd.model.config import ModelConfig
+from worker_orcd.model.decoder import Decoder
+from worker_orcd.model.weights import load_weights
 from worker_orcd.narration import Narration
+from worker_orcd.runner.memory import available_memory
+from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
+from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.text.chat import ChatTemplate
-from worker_orcd.text.tokenizer import Tokenizer
+from worker_orcd.text.tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    from worker_orcd.runner.plan import MemoryPlan
-    from worker_orcd.runner.runner import ModelRunner
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +44,7 @@ class Timings:
     resolve: float  # finding the file, downloading it if need be
     read: float  # header, metadata, tensor table; SHA-256 if asked for
     tokenizer: float  # and chat template
-    weights: float
+    weights: float  # choosing the device, planning its memory, packing the tensors
     compile: float  # KV cache, buffers, the compiled step
 
     @property
@@ -59,19 +72,75 @@ class LoadedModel:
     timings: Timings
 
     def close(self) -> None:
-        """Give the device memory back."""
-        raise NotImplementedError
+        """Give the device memory back and end the template's process."""
+        if self.chat_template is not None:
+            self.chat_template.close()
+        self.backend.close()
 
 
-def load(
-    config: WorkerConfig, *, warn: Callable[[str], None], on_progress: Progress | None = None
-) -> LoadedModel:
-    """Load the model that `config` names. Raises LoadError.
+def load(config: WorkerConfig, *, warn: Warn, on_progress: Progress | None = None) -> LoadedModel:
+    """Load the model that `config` names. Raises LoadError; what was begun is undone.
 
     `on_progress(stage, done, total)` is told of bytes, on this thread and while downloading on a library's;
     the stages are those of `hub.resolve`, then "checking SHA-256" where asked for, then "loading weights".
     """
-    raise NotImplementedError
+    report = on_progress or _silent
+    clock = _Clock()
+    path = hub.resolve(config.model, report)
+    resolved = clock.lap()
+    if config.model_sha256 is not None:
+        hub.check_sha256(path, config.model_sha256, report)
+    with contextlib.ExitStack() as undo:
+        file = undo.enter_context(GGUFFile(path))
+        model = configure(file)
+        read = clock.lap()
+        tokenizer = load_tokenizer(file.metadata, config.tokenizer)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise InvalidModelFile(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the network knows {model.vocab_size}"
+            )
+        template, no_template = _chat_template(config.server.chat_template, file, tokenizer, warn)
+        if template is not None:
+            undo.callback(template.close)
+        worded = clock.lap()
+        backend = select_backend(config.device, warn)
+        undo.callback(backend.close)
+        plan = _plan(file, model, backend, config.engine, config.device)
+        for note in plan.notes:
+            warn(note)
+        weights = load_weights(
+            file, model, backend, lambda fraction: _report_weights(report, fraction, file.file_bytes)
+        )
+        weighed = clock.lap()
+        engine_config = replace(config.engine, max_model_len=plan.max_model_len)
+        runner = ModelRunner(Decoder(model, weights, backend), backend, plan, engine_config)
+        file.close()
+        undo.pop_all()
+    return LoadedModel(
+        model_id=_model_id(path),
+        path=path,
+        file_bytes=file.file_bytes,
+        sha256=_sha256(config),
+        quant_kind=quant_kind(file),
+        config=model,
+        plan=plan,
+        engine_config=engine_config,
+        tokenizer=tokenizer,
+        chat_template=template,
+        no_chat_template=no_template,
+        backend=backend,
+        runner=runner,
+        timings=Timings(resolve=resolved, read=read, tokenizer=worded, weights=weighed, compile=clock.lap()),
+    )
+
+
+def plan_memory(file: GGUFFile, config: WorkerConfig) -> MemoryPlan:
+    """What serving this file would take on this machine now. Loads no weights. Raises LoadError."""
+    backend = select_backend(config.device, _no_warning)
+    try:
+        return _plan(file, configure(file), backend, config.engine, config.device)
+    finally:
+        backend.close()
 
 
 def start_engine(
@@ -80,7 +149,84 @@ def start_engine(
     observer: StepObserver | None = None,
     *,
     narration: Narration | None = None,
-    on_failure: Callable[[EngineError], None] | None = None,
+    on_failure: Callable[[EngineError], None] = ignore_failure,
 ) -> Engine:
-    """A started engine on a loaded model. `publish` is called on the engine's thread; stop it before closing."""
-    raise NotImplementedError
+    """A started engine on a loaded model; stop it before closing the model.
+
+    `publish` gets each step's outputs, on the engine's thread.
+    """
+    scheduler = Scheduler(loaded.engine_config, BlockPool(loaded.plan.num_blocks))
+    engine = Engine(
+        scheduler, loaded.runner, publish, observer=observer, narration=narration, on_failure=on_failure
+    )
+    engine.start()
+    return engine
+
+
+class _Clock:
+    """Seconds between calls of `lap`."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        last, self._last = self._last, time.monotonic()
+        return self._last - last
+
+
+def _plan(
+    file: GGUFFile, model: ModelConfig, backend: Backend, engine: EngineConfig, device: DeviceConfig
+) -> MemoryPlan:
+    return make_plan(model, tensor_bytes(file), backend, engine, device, available_memory())
+
+
+def _chat_template(
+    override: Path | None, file: GGUFFile, tokenizer: Tokenizer, warn: Warn
+) -> tuple[ChatTemplate | None, str]:
+    """The template, or why there is none: a model whose own template is broken still completes text."""
+    if override is not None:
+        try:
+            source = override.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise InvalidConfiguration(
+                f"the chat template {override.name} cannot be read: {reason}"
+            ) from None
+    else:
+        source = file.metadata.string("tokenizer.chat_template", default="")
+        if not source:
+            return None, "the model file has no chat template"
+    bos_token, eos_token = (
+        "" if token_id is None else tokenizer.token_text(token_id)
+        for token_id in (tokenizer.bos_id, tokenizer.eos_id)
+    )
+    try:
+        return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token), ""
+    except InvalidModelFile as error:
+        if override is not None:
+            raise InvalidConfiguration(f"{override.name}: {error.message}") from None
+        warn(f"Chat is not available: {error.message}")
+        return None, error.message
+
+
+def _model_id(path: Path) -> str:
+    return _PART.sub("", path.stem)
+
+
+def _sha256(config: WorkerConfig) -> str | None:
+    """What is known without reading the file once more."""
+    if config.model_sha256 is not None:
+        return config.model_sha256.lower()
+    return hub.DEMO.sha256 if config.model == "demo" else None
+
+
+def _report_weights(report: Progress, fraction: float, num_bytes: int) -> None:
+    report("loading weights", int(fraction * num_bytes), num_bytes)
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Nobody is watching."""
+
+
+def _no_warning(_sentence: str) -> None:
+    """A plan is asked for, not the device."""
