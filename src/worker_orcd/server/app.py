@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -20,7 +19,6 @@ from worker_orcd.server import control, execute, tokenize
 from worker_orcd.server.auth import BearerToken
 from worker_orcd.server.context import MAX_TEXT_THREADS, Context
 from worker_orcd.server.edge import Edge, attached, error_response
-from worker_orcd.server.json import JSON
 from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.openai import chat, completions, models
 from worker_orcd.server.status import Status

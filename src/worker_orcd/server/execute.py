@@ -105,13 +105,12 @@ async def _events(job: Job, prepared: Plan) -> AsyncGenerator[bytes, None]:
     serving = job.serving
     answer = Answer(prepared, serving.tokenizer)
     interval = job.context.config.metrics_interval_ms / 1000
-    started = False
+    started, told_at = False, 0.0
     try:
         async with aclosing(job.run(prepared, answer)) as batches:
             async for pieces in batches:
                 if not started:
-                    started = True
-                    told_at = time.monotonic()
+                    started, told_at = True, time.monotonic()
                     yield _started(job, prepared, answer)
                 if pieces:
                     yield b"".join([event("token", _token(serving, piece)) for piece in pieces])

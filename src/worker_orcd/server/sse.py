@@ -16,7 +16,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from worker_orcd.server.jobs import settle
+from worker_orcd.server.disconnect import hung_up, settle
 
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -54,11 +54,12 @@ class EventStream(Response):
         self._frames = frames
         self._keep_alive_seconds = keep_alive_seconds
         self._written_at = 0.0
+        self._ending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(send))
         comments = asyncio.create_task(self._keep_alive(send))
-        gone = asyncio.create_task(_hung_up(receive))
+        gone = asyncio.create_task(hung_up(receive))
         writer.add_done_callback(lambda _: comments.cancel())
         try:
             await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -76,18 +77,14 @@ class EventStream(Response):
             async for frame in frames:
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
                 self._written_at = time.monotonic()
+            self._ending = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
-        while True:
+        while not self._ending:
             silent = time.monotonic() - self._written_at if self._written_at else 0.0
             if silent >= self._keep_alive_seconds:
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 self._written_at = time.monotonic()
                 silent = 0.0
-            await asyncio.sleep(self._keep_alive_seconds - silent)
-
-
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            await asyncio.sleep(max(0.0, self._keep_alive_seconds - silent))

@@ -1,0 +1,173 @@
+"""POST /v1/chat/completions, streaming and not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from worker_orcd.server.body import describes, json_body
+from worker_orcd.server.context import ContextOf
+from worker_orcd.server.disconnect import unless_gone
+from worker_orcd.server.json import JSON
+from worker_orcd.server.openai.choices import (
+    DONE,
+    Call,
+    Choice,
+    Usage,
+    choices_of,
+    complete,
+    error_frames,
+    open_call,
+    stream,
+    usage_of,
+)
+from worker_orcd.server.openai.logprobs import ChatLogprobs, chat_logprobs
+from worker_orcd.server.openai.wire import ChatRequest
+from worker_orcd.server.prompt import Prompt, plan
+from worker_orcd.server.sse import EventStream, data
+
+router = APIRouter(prefix="/v1")
+
+
+class ChatMessage(msgspec.Struct):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None  # vLLM's: what matched
+
+
+class ChatCompletion(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChunkChoice(msgspec.Struct):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class ChatChunk(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    object: str = "chat.completion.chunk"
+
+
+@router.post("/chat/completions", openapi_extra=describes(ChatRequest))
+async def chat_completions(
+    request: Request,
+    context: ContextOf,
+    body: Annotated[ChatRequest, Depends(json_body(ChatRequest, may_be_rejected_job=True))],
+) -> Response:
+    """Answer a conversation."""
+    call = open_call(context, request, body, prefix="chatcmpl", num_sequences=body.n)
+    job = call.job
+
+    async def prepare() -> list[Choice]:
+        prompt = Prompt(param="messages", messages=body.messages, template_fields=body.template_fields)
+        (ids,) = await job.encode(prompt)
+        planned = plan(
+            context,
+            job.serving,
+            body.sampling,
+            ids,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            default_max_tokens=None,
+            logprobs=body.num_logprobs,
+            deadline=call.deadline,
+        )
+        job.begin(planned)
+        return choices_of([planned], body.n, job.serving.tokenizer)
+
+    async def answer() -> JSON:
+        choices = await prepare()
+        await complete(job, choices)
+        return JSON(_completion(call, body, choices), headers=call.headers)
+
+    try:
+        if body.stream:
+            frames = _frames(call, body, await unless_gone(request, prepare))
+            seconds = context.config.keep_alive_seconds
+            return EventStream(frames, keep_alive_seconds=seconds, headers=call.headers)
+        response = await unless_gone(request, answer)
+    except Exception as error:
+        job.failed(error)
+        raise
+    job.succeeded()
+    return response
+
+
+def _completion(call: Call, body: ChatRequest, choices: list[Choice]) -> ChatCompletion:
+    tokenizer = call.job.serving.tokenizer
+    told = [
+        ChatChoice(
+            choice.index,
+            ChatMessage(choice.answer.text),
+            chat_logprobs(tokenizer, choice.pieces) if body.logprobs else None,
+            choice.finish_reason,
+            choice.answer.matched,
+        )
+        for choice in choices
+    ]
+    return ChatCompletion(*call.envelope, told, usage_of(choices, body.n))
+
+
+async def _frames(call: Call, body: ChatRequest, choices: list[Choice]) -> AsyncGenerator[bytes, None]:
+    options = body.stream_options
+    told_usage = None if options is not None and options.include_usage else msgspec.UNSET
+    continuous = options is not None and options.continuous_usage_stats
+
+    def chunk(part: ChunkChoice) -> bytes:
+        usage = usage_of(choices, body.n) if continuous else told_usage
+        return data(ChatChunk(*call.envelope, [part], usage))
+
+    tokenizer = call.job.serving.tokenizer
+    introduced: set[int] = set()
+    try:
+        async with aclosing(stream(call.job, choices)) as news:
+            async for choice, pieces, complete_now in news:
+                if choice.index not in introduced:
+                    introduced.add(choice.index)
+                    yield chunk(ChunkChoice(choice.index, Delta(role="assistant", content="")))
+                text = "".join([piece.text for piece in pieces])
+                logprobs = chat_logprobs(tokenizer, pieces) if body.logprobs else None
+                if text or (logprobs is not None and logprobs.content):
+                    yield chunk(ChunkChoice(choice.index, Delta(content=text), logprobs))
+                if complete_now:
+                    matched = choice.answer.matched
+                    yield chunk(ChunkChoice(choice.index, Delta(), None, choice.finish_reason, matched))
+        call.job.succeeded()
+        if told_usage is None:
+            yield data(ChatChunk(*call.envelope, [], usage_of(choices, body.n)))
+        yield DONE
+    except Exception as error:
+        call.job.failed(error)
+        yield error_frames(call.job, error)

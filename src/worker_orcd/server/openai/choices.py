@@ -1,0 +1,154 @@
+"""The answers to one OpenAI request: n to each prompt, computed together, told apart by their index."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import msgspec
+from fastapi import Request
+
+from worker_orcd.errors import UnknownModel
+from worker_orcd.server.answer import Answer, Piece
+from worker_orcd.server.context import Context
+from worker_orcd.server.disconnect import settle
+from worker_orcd.server.failures import failure_of
+from worker_orcd.server.jobs import Job, open_job
+from worker_orcd.server.openai.fields import ignored_fields
+from worker_orcd.server.openai.wire import OpenAIRequest
+from worker_orcd.server.prompt import Plan, deadline_of
+from worker_orcd.server.sse import data
+from worker_orcd.server.wire import MAX_DEADLINE_MS
+from worker_orcd.text.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+ANY_MODEL = "default"  # a name under which any worker's model may be asked for
+
+
+@dataclass(slots=True)
+class Choice:
+    index: int
+    plan: Plan
+    answer: Answer
+    pieces: list[Piece] = field(default_factory=list[Piece])  # all, when the answer is not streamed
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.answer.stop_reason == "length" else "stop"
+
+
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+@dataclass(slots=True)
+class Call:
+    """One admitted request: its job, the envelope of its response, and what headers it adds."""
+
+    job: Job
+    envelope: tuple[str, int, str, str]  # id, created (Unix seconds), model, system_fingerprint
+    deadline: float | None
+    headers: dict[str, str]
+
+
+def open_call(
+    context: Context, request: Request, body: OpenAIRequest, *, prefix: str, num_sequences: int
+) -> Call:
+    """Admit a request. Raises what `open_job` raises, InvalidParameter for refused fields, UnknownModel."""
+    job = open_job(context, request, f"{prefix}-{uuid.uuid4().hex}", num_sequences=num_sequences)
+    try:
+        headers = ignored_fields(body.model_extra or {})
+        deadline = deadline_of(body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS)
+        require_model(body.model, job.serving.model_id)
+    except Exception as error:
+        job.failed(error)
+        raise
+    envelope = (job.job_id, int(time.time()), job.serving.model_id, job.serving.fingerprint)
+    return Call(job, envelope, deadline, headers)
+
+
+def require_model(asked: str | None, served: str) -> None:
+    """Raises UnknownModel for any name but the served one and `default`."""
+    if asked not in (None, served, ANY_MODEL):
+        raise UnknownModel(
+            f"The model {asked[:128]!r} does not exist here; this worker serves {served!r}", param="model"
+        )
+
+
+def choices_of(plans: Sequence[Plan], n: int, tokenizer: Tokenizer) -> list[Choice]:
+    """All choices: n to each plan; choice k of a prompt has the prompt's seed plus k."""
+    chosen = [plan.choice(k) for plan in plans for k in range(n)]
+    return [Choice(index, plan, Answer(plan, tokenizer)) for index, plan in enumerate(chosen)]
+
+
+async def complete(job: Job, choices: Sequence[Choice]) -> None:
+    """Compute all choices to their ends. The first failure ends them all and is raised."""
+
+    async def one(choice: Choice) -> None:
+        async with aclosing(job.run(choice.plan, choice.answer)) as batches:
+            async for pieces in batches:
+                choice.pieces += pieces
+
+    tasks = [asyncio.create_task(one(choice)) for choice in choices]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await settle(*tasks)
+
+
+News = tuple[Choice, list[Piece], bool]  # the last: these pieces complete the choice
+
+
+async def stream(job: Job, choices: Sequence[Choice]) -> AsyncGenerator[News, None]:
+    """Pieces of all choices as they come. The first failure ends them all and is raised."""
+    if len(choices) == 1:
+        async with aclosing(job.run(choices[0].plan, choices[0].answer)) as batches:
+            async for pieces in batches:
+                yield choices[0], pieces, choices[0].answer.stop_reason is not None
+        return
+    news: asyncio.Queue[News | Exception] = asyncio.Queue(maxsize=2 * len(choices))
+
+    async def pump(choice: Choice) -> None:
+        try:
+            async with aclosing(job.run(choice.plan, choice.answer)) as batches:
+                async for pieces in batches:
+                    await news.put((choice, pieces, choice.answer.stop_reason is not None))
+        except Exception as error:
+            await news.put(error)
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        unfinished = len(choices)
+        while unfinished:
+            item = await news.get()
+            if isinstance(item, Exception):
+                raise item
+            unfinished -= item[2]
+            yield item
+    finally:
+        await settle(*tasks)
+
+
+def usage_of(choices: Sequence[Choice], n: int) -> Usage:
+    """Each prompt is counted once, however many answers it got."""
+    firsts = [choice.answer for choice in choices[::n]]
+    prompt = sum(answer.num_prompt_tokens for answer in firsts)
+    completion = sum(choice.answer.num_tokens for choice in choices)
+    cached = PromptDetails(sum(answer.num_cached_tokens for answer in firsts))
+    return Usage(prompt, completion, prompt + completion, cached)
+
+
+def error_frames(job: Job, error: Exception) -> bytes:
+    """How a stream ends that cannot be completed."""
+    return data(failure_of(error, job.correlation_id).openai_body()) + DONE
