@@ -19,7 +19,7 @@ from worker_orcd.model.decoder import Decoder
 from worker_orcd.runner.batch import Batch
 from worker_orcd.runner.kv_cache import allocate_kv_cache
 from worker_orcd.runner.plan import MemoryPlan
-from worker_orcd.runner.sampler import Draw, sample
+from worker_orcd.runner.sampler import Draw, Sampler
 from worker_orcd.sequence import PendingStep, RowResult, Step
 
 
@@ -42,13 +42,14 @@ class ModelRunner:
 
         self._batch = Batch(inputs, self.limits, num_blocks=plan.num_blocks, vocab_size=config.vocab_size)
         self._compiled = backend.compile(forward, inputs, self.limits)
+        self._sampler = Sampler(config.vocab_size)
         self._busy = False
 
     def launch(self, step: Step) -> PendingStep:
         """Copy what the step needs; its sequences may change afterwards. Raises Internal."""
         counts = self._begin(step, every_logit=False)
         draws = [Draw.of(row.sequence) if row.samples else None for row in step.rows]
-        return _PendingStep(self._finish, counts, draws)
+        return _PendingStep(self._finish, self._sampler, counts, draws)
 
     def logits(self, step: Step) -> NDArray[np.float32]:
         """(num_tokens, vocab_size): compute the step and return every token's logits, a copy.
@@ -82,9 +83,14 @@ class _PendingStep:
     """Implements `sequence.PendingStep`: computes and draws when waited for, once."""
 
     def __init__(
-        self, finish: Callable[[Counts], NDArray[np.float32]], counts: Counts, draws: list[Draw | None]
+        self,
+        finish: Callable[[Counts], NDArray[np.float32]],
+        sampler: Sampler,
+        counts: Counts,
+        draws: list[Draw | None],
     ) -> None:
         self._finish = finish
+        self._sampler = sampler
         self._counts = counts
         self._draws = draws
         self._waited = False
@@ -94,4 +100,4 @@ class _PendingStep:
             raise Internal("a step was waited for twice")
         self._waited = True
         logits = iter(self._finish(self._counts))
-        return [None if draw is None else sample(next(logits), draw) for draw in self._draws]
+        return [None if draw is None else self._sampler.sample(next(logits), draw) for draw in self._draws]
