@@ -2,16 +2,15 @@
 
 Text is UTF-8 bytes, each written as one printable character; words are cut by regular expressions, and in
 each the pair of the lowest merge rank is joined until none is left (Sennrich et al. 2016; Radford et al.
-2019). No Unicode normalisation: GGUF has no key for it, and the published vectors are without. Where a
-model's own `tokenizer.json` normalises (Qwen2.5: NFC), text that is not in that form can get other ids; give
-the tokenizer.json for those.
+2019). GGUF has no key for Unicode normalisation; Qwen's `tokenizer.json` composes (NFC), so its
+pre-tokenizers here do too, which the published vectors, all of them in that form, cannot tell apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from worker_orcd.text.pretokenizers import PRE_TOKENIZERS
 from worker_orcd.text.vocabulary import TokenType, Vocabulary
@@ -56,6 +55,8 @@ def build_bpe(vocabulary: Vocabulary) -> tuple[Tokenizer, Tokenizer]:
     built: list[Tokenizer] = []
     for special in ([], control):
         tokenizer = Tokenizer(model)  # both share the model
+        if pre.composes:
+            tokenizer.normalizer = normalizers.NFC()
         splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in pre.expressions]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])

@@ -90,16 +90,16 @@ class ChatTemplate:
         """
         request = _request(messages, add_generation_prompt, tools, extra)
         names = self._control_names(tokenizer)
-        segments = self._segments(request, names, strict=False)
-        ids = tokenizer.encode_segments(segments, add_special=False)
-        if names.first is None or not _any_match(names.first, request):
+        text, mask = self._masked(request, names, tokenizer.filler, strict=False)
+        ids = tokenizer.encode_masked(text, mask, add_special=False)
+        if not names.concern(request):
             return ids
         # A template that takes pieces out of user strings might join what is left to a control token. With
         # every character marked that could begin one, none can be the user's: both ways must find the same.
-        strict = self._segments(request, names, strict=True)
-        if strict == segments:
+        text, strict_mask = self._masked(request, names, tokenizer.filler, strict=True)
+        if strict_mask == mask:
             return ids
-        checked = tokenizer.encode_segments(strict, add_special=False)
+        checked = tokenizer.encode_masked(text, strict_mask, add_special=False)
         controls = tokenizer.control_ids
         same = [i for i in ids if i in controls] == [i for i in checked if i in controls]
         return ids if same else checked
@@ -108,19 +108,14 @@ class ChatTemplate:
         """Ends the template's process."""
         self._process.close()
 
-    def _segments(
-        self, request: dict[str, Plain], names: ControlNames, *, strict: bool
-    ) -> list[tuple[str, bool]]:
-        marker = Marker(names, self.source, strict=strict)
-        marker.reserve(request)
-        marked: dict[str, Plain] = {key: marker.mark(value) for key, value in request.items()}
-        for message, original in zip(
-            cast("list[dict[str, Any]]", marked["messages"]),
-            cast("list[dict[str, Any]]", request["messages"]),
-            strict=True,
-        ):
+    def _masked(
+        self, request: dict[str, Plain], names: ControlNames, filler: str, *, strict: bool
+    ) -> tuple[str, str]:
+        marker = Marker(names, request, self.source)
+        marked = cast("dict[str, Any]", marker.mark(request, strict=strict))
+        for message, original in zip(marked["messages"], cast("Any", request["messages"]), strict=True):
             message["role"] = original["role"]  # one of ROLES
-        return marker.segments(self._render(marked))
+        return marker.reveal(self._render(marked), filler)
 
     def _render(self, request: Mapping[str, Plain]) -> str:
         try:
@@ -141,16 +136,6 @@ class ChatTemplate:
 
 def _public(error: TemplateFailed) -> str:
     return _ADDRESS.sub("…", str(error))
-
-
-def _any_match(pattern: re.Pattern[str], value: Plain) -> bool:
-    if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, list):
-        return any(_any_match(pattern, item) for item in value)
-    if isinstance(value, dict):
-        return any(_any_match(pattern, key) or _any_match(pattern, item) for key, item in value.items())
-    return False
 
 
 def _request(
@@ -180,6 +165,7 @@ def _request(
             f"chat_template_kwargs may not set {', '.join(sorted(clash))}", param="chat_template_kwargs"
         )
     return {
+        "documents": None,
         **variables,
         "messages": copied,
         "tools": plain(tools, "tools") if tools else None,

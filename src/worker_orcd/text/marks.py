@@ -1,9 +1,10 @@
 """Which characters of a rendered prompt came from users, where that decides what is a control token.
 
 A template mixes messages into its own text, and may trim, cut, quote or repeat them on the way. Before
-rendering, characters of user strings with which a control token's name could begin or be completed are
-exchanged for private-use characters that occur nowhere else: marks. Marks survive what templates do to text;
-afterwards each becomes the character it stands for, in a segment of its own that is not trusted.
+rendering, characters of user strings with which a control token's name could begin, or by which one that the
+template began could be completed, are exchanged for private-use characters that occur nowhere else: marks.
+Marks survive what templates do to text; afterwards each becomes the character it stands for, and its place is
+known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from worker_orcd.errors import InvalidParameter
 
 _FIRST, _LAST = 0x100000, 0x10FFFD  # supplementary private use area B
 _PRIVATE = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
-_PREFIX = 3  # characters of a control token's name that make the first of them suspicious
+_GRAM = 3  # characters of a name that make a place suspicious
+_MANY = 256  # different beginnings of names from which their first character is suspicious by itself
 MAX_DEPTH = 64
 
 Plain = str | int | float | bool | None | list[Any] | dict[str, Any]
@@ -27,13 +29,19 @@ class ControlNames:
 
     def __init__(self, names: Collection[str]) -> None:
         named = [name for name in names if name]
-        self.firsts = frozenset(name[0] for name in named)
-        self.longest = max((len(name) for name in named), default=0)
-        self.beginnings = frozenset(name[:k] for name in named for k in range(1, len(name)))
-        self.endings = frozenset(name[k:] for name in named for k in range(1, len(name)))
-        self.short = frozenset(name[:_PREFIX].lower() for name in named)
-        both = {c for first in self.firsts for c in (first, first.lower(), first.upper())}
-        self.first = re.compile("[" + re.escape("".join(sorted(both))) + "]") if named else None
+        firsts = {c for name in named for c in (name[0], name[0].lower(), name[0].upper())}
+        first = "[" + re.escape("".join(sorted(firsts))) + "]" if named else "(?!)"
+        grams = sorted({name[:_GRAM] for name in named})
+        lenient = f"(?={'|'.join(map(re.escape, grams))}){first}" if 0 < len(grams) <= _MANY else first
+        self._first = re.compile(first)
+        self._lenient = re.compile(lenient, re.IGNORECASE)
+        self._beginnings = {name[:k] for name in named for k in range(1, min(_GRAM, len(name)))}
+        self._inner = {name[i : i + _GRAM] for name in named for i in range(1, len(name) - _GRAM + 1)}
+        self._endings = {name[-k:] for name in named for k in range(1, min(_GRAM, len(name)))}
+
+    def concern(self, value: Plain) -> bool:
+        """Whether any string of the request has a character with which a name begins."""
+        return any(self._first.search(text) for text in _strings(value))
 
     def suspects(self, text: str, *, strict: bool) -> Iterator[int]:
         """Positions in a user's string, ascending, that could be part of a control token after rendering.
@@ -42,61 +50,48 @@ class ControlNames:
         name, in either case; and at the end the beginning of a name. `strict`: every character with which a
         name begins.
         """
-        if not text or self.first is None:
-            return
-        if any(text[:k] in self.endings for k in range(1, min(self.longest, len(text)) + 1)):
+        if text[:_GRAM] in self._inner or any(text[:k] in self._endings for k in range(1, _GRAM)):
             yield 0
-        tail = len(text) - self.longest
-        for match in self.first.finditer(text):
-            i = match.start()
-            if (
-                strict
-                or any(text[i : i + k].lower() in self.short for k in range(1, _PREFIX + 1))
-                or (i > tail and text[i:] in self.beginnings)
-            ):
-                yield i
+        for match in (self._first if strict else self._lenient).finditer(text):
+            yield match.start()
+        for k in range(_GRAM - 1, 0, -1):
+            if text[-k:] in self._beginnings and len(text) >= k:
+                yield len(text) - k
 
 
 class Marker:
-    """Marks the strings of one request. `forbidden`: text that is rendered besides (the template)."""
+    """Marks the strings of one request; no mark occurs in `texts`, which are rendered besides, or the
+    request.
+    """
 
-    def __init__(self, names: ControlNames, forbidden: str, *, strict: bool) -> None:
+    def __init__(self, names: ControlNames, request: Plain, *texts: str) -> None:
         self._names = names
-        self._strict = strict
-        self._taken = set(_PRIVATE.findall(forbidden))
+        self._taken = {mark for text in (*texts, *_strings(request)) for mark in _PRIVATE.findall(text)}
         self._marks: dict[str, str] = {}  # character -> its mark
 
-    def reserve(self, value: Plain) -> None:
-        """Marks must not occur in the request; call this for all of it before `mark`."""
-        for text in _strings(value):
-            self._taken.update(_PRIVATE.findall(text))
-
-    def mark(self, value: Plain) -> Plain:
+    def mark(self, value: Plain, *, strict: bool) -> Plain:
         """A copy in which every string, also of keys, is marked."""
         if isinstance(value, str):
-            return self._mark(value)
+            return self._mark(value, strict)
         if isinstance(value, list):
-            return [self.mark(item) for item in value]
+            return [self.mark(item, strict=strict) for item in value]
         if isinstance(value, dict):
-            return {self._mark(key): self.mark(item) for key, item in value.items()}
+            return {self._mark(key, strict): self.mark(item, strict=strict) for key, item in value.items()}
         return value
 
-    def segments(self, rendered: str) -> list[tuple[str, bool]]:
-        """(text, trusted) pairs: the rendered text with the original characters for the marks."""
-        if not self._marks:
-            return [(rendered, True)]
-        originals = {mark: character for character, mark in self._marks.items()}
-        if "\\ud" in rendered:  # JSON with ensure_ascii
-            for mark in originals:
+    def reveal(self, rendered: str, filler: str) -> tuple[str, str]:
+        """The text with the original characters for the marks, and the text with `filler` for them."""
+        if "\\ud" in rendered:  # a template that writes JSON with ensure_ascii
+            for mark in self._marks.values():
                 rendered = rendered.replace(_escaped(mark), mark)
-        pieces = re.split("([" + "".join(originals) + "])", rendered)
-        return [(originals.get(piece, piece), piece not in originals) for piece in pieces if piece]
+        originals = {ord(mark): character for character, mark in self._marks.items()}
+        return rendered.translate(originals), rendered.translate(dict.fromkeys(originals, filler))
 
-    def _mark(self, text: str) -> str:
+    def _mark(self, text: str, strict: bool) -> str:
         pieces: list[str] = []
         end = 0
-        for i in self._names.suspects(text, strict=self._strict):
-            if i >= end:
+        for i in self._names.suspects(text, strict=strict):
+            if i >= end:  # found once already
                 pieces += [text[end:i], self._mark_of(text[i])]
                 end = i + 1
         return "".join([*pieces, text[end:]]) if pieces else text
@@ -114,8 +109,8 @@ class Marker:
 
 
 def _escaped(character: str) -> str:
-    high, low = character.encode("utf-16-be")[:2], character.encode("utf-16-be")[2:]
-    return f"\\u{high.hex()}\\u{low.hex()}"
+    units = character.encode("utf-16-be").hex()
+    return f"\\u{units[:4]}\\u{units[4:]}"
 
 
 def _strings(value: Plain) -> Iterator[str]:
@@ -137,9 +132,8 @@ def plain(value: object, where: str, depth: int = 0) -> Plain:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):
-        items = cast("Mapping[object, object]", value).items()
         copied: dict[str, Any] = {}
-        for key, item in items:
+        for key, item in cast("Mapping[object, object]", value).items():
             if not isinstance(key, str):
                 raise InvalidParameter(f"{where} has a key that is no string", param=where)
             copied[key] = plain(item, where, depth + 1)

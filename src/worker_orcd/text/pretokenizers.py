@@ -39,12 +39,13 @@ class PreTokenizer:
 
     expressions: tuple[str, ...]
     whole_words: bool = False  # a word that is in the vocabulary is that token, whatever the merges say
+    composes: bool = False  # text is brought to Unicode's form NFC first
     adds_bos: bool = False  # unless `tokenizer.ggml.add_bos_token` says otherwise
 
 
 _SINGLE_DIGITS = PreTokenizer((_DIGIT, _GPT2))
 _LLAMA = PreTokenizer((_LLAMA3,), whole_words=True, adds_bos=True)
-_QWEN = PreTokenizer((_QWEN2,))
+_QWEN = PreTokenizer((_QWEN2,), composes=True)
 _GPT4O = PreTokenizer((_O200K,), whole_words=True)
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
@@ -55,8 +56,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
         "refact": _SINGLE_DIGITS,
         "command-r": _SINGLE_DIGITS,
         "qwen2": _QWEN,
-        "deepseek-r1-qwen": _QWEN,
-        "qwen35": PreTokenizer((_QWEN35,)),
+        "deepseek-r1-qwen": PreTokenizer((_QWEN2,)),
+        "qwen35": PreTokenizer((_QWEN35,), composes=True),
         "llama-bpe": _LLAMA,
         "llama3": _LLAMA,
         "llama-v3": _LLAMA,

@@ -29,7 +29,7 @@ class RenderLimits:
 
     seconds: float = 5.0
     max_chars: int = 4 << 20  # of the rendered text
-    memory_bytes: int = 512 << 20  # above what the interpreter itself needs
+    memory_bytes: int = 256 << 20  # above what the interpreter itself needs
 
 
 class TemplateFailed(Exception):
@@ -74,15 +74,18 @@ class TemplateProcess:
             "memory_bytes": self._limits.memory_bytes,
         }
         environment = {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "TZ", "SYSTEMROOT")}
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_PROGRAM), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C in a terminal is for the worker: it still has answers to finish
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_PROGRAM), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C in a terminal is for the worker: it has answers to finish
+            )
+        except OSError as error:
+            raise TemplateFailed(f"its process cannot be started: {error.strerror}") from None
         self._process = process
         self._stop = weakref.finalize(self, _end, process)
         self._ask({"source": self._source})

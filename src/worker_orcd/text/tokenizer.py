@@ -7,10 +7,10 @@ construction; they differ only in whether the names of control tokens are read a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,8 @@ from worker_orcd.text.vocabulary import (
 
 Kind = Literal["gguf-bpe", "hf-json"]
 
+_INK = re.compile(r"\S")  # white space has no owner: control tokens may swallow it, but are not named by it
+_MAX_NAMES = 1 << 16  # characters of all control tokens; published vocabularies have up to 20,000
 _LONG = 2048  # characters from which encoding is worth giving other threads a turn
 
 
@@ -68,6 +70,7 @@ class Tokenizer:
     control_ids: frozenset[int]  # tokens that no user text may produce
     control_texts: frozenset[str]  # their names
     strips_leading_space: bool  # see `stream_bytes`
+    filler: str  # a character that is in none of them
 
     def __init__(self, parts: TokenizerParts) -> None:
         self.kind = parts.kind
@@ -82,6 +85,10 @@ class Tokenizer:
         self._plain = parts.plain
         self._special = parts.special
         self._bytes = parts.token_bytes
+        if sum(map(len, self.control_texts)) > _MAX_NAMES:
+            raise InvalidModelFile(f"the names of the control tokens are longer than {_MAX_NAMES} characters")
+        used = set[str]().union(*self.control_texts)
+        self.filler = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
         self._finder, self._found_ids = _finder(parts.control)
         for i, token in parts.control.items():
             if i in _ids(self._plain, token.content):
@@ -106,17 +113,22 @@ class Tokenizer:
         whose name lies in trusted text from end to end is read as one, any other spelling of it is ordinary
         text.
         """
-        whole = "".join(text for text, _ in segments)
-        own = list(self._trusted_controls(segments))
-        if own == list(self._controls(whole, 0)):
-            return self.encode(whole, add_special=add_special, parse_special=True)
+        text = "".join(text for text, _ in segments)
+        mask = "".join(text if trusted else _INK.sub(self.filler, text) for text, trusted in segments)
+        return self.encode_masked(text, mask, add_special=add_special)
+
+    def encode_masked(self, text: str, mask: str, *, add_special: bool) -> list[int]:
+        """The same for text of which `mask` is a copy with `filler` in place of the untrusted characters."""
+        own = list(self._controls(mask))
+        if own == list(self._controls(text)):
+            return self.encode(text, add_special=add_special, parse_special=True)
         ids: list[int] = []
         end = 0
         for start, stop, token in own:
-            ids += self._encode_plain(whole[end:start])
+            ids += self._encode_plain(text[end:start])
             ids.append(token)
             end = stop
-        ids += self._encode_plain(whole[end:])
+        ids += self._encode_plain(text[end:])
         return self._with_bos(ids) if add_special else ids
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = True) -> str:
@@ -172,27 +184,15 @@ class Tokenizer:
             raise InvalidParameter("the text spells a control token of this model", param="prompt")
         return ids
 
-    def _controls(self, text: str, offset: int) -> Iterator[tuple[int, int, int]]:
+    def _controls(self, text: str) -> Iterator[tuple[int, int, int]]:
         """(start, stop, id) of the control tokens named in `text`, as `special` would find them."""
-        if not self._found_ids or not text:
+        if not self._found_ids:
             return
         with _unicode_only():
             found = self._finder.encode_batch([text], add_special_tokens=False)[0]
         for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if number:
-                yield offset + start, offset + stop, self._found_ids[number]
-
-    def _trusted_controls(self, segments: Sequence[tuple[str, bool]]) -> Iterator[tuple[int, int, int]]:
-        position = 0
-        run: list[str] = []  # neighbouring trusted segments
-        for text, trusted in chain(segments, [("", False)]):
-            if trusted:
-                run.append(text)
-                continue
-            joined = "".join(run)
-            yield from self._controls(joined, position)
-            position += len(joined) + len(text)
-            run = []
+                yield start, stop, self._found_ids[number]
 
 
 def _finder(control: dict[int, AddedToken]) -> tuple[HFTokenizer, dict[int, int]]:
