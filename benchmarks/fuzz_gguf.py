@@ -3,9 +3,10 @@
     python benchmarks/fuzz_gguf.py --count 200000 --seed 1
 
 Every file must give a model or a LoadError, within one second of processor time, in a process that may use
-1 GiB of address space. InsufficientMemory counts as a failure: no file here has more than a few kilobytes. A model
-that loads is used: every key through every getter, every tensor's first and last byte. Exits 1 if anything failed.
-`--only INDEX` runs one case again and says what it is; `--self-check` proves that failures are noticed.
+1 GiB of address space. InsufficientMemory counts as a failure: no file here has more than a few kilobytes. A
+model that loads is used: every key through every getter, every tensor's first and last byte. Exits 1 if
+anything failed. `--only INDEX` runs one case again and says what it is; `--self-check` proves that failures
+are noticed.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ DEFAULT_ALIGNMENT = 32
 
 MAX_HEADER_BYTES = 128 << 20  # header, metadata and tensor table of one file
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 17  # of all parts
+MAX_TENSORS = 1 << 16  # of all parts
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_STRING_BYTES = 64 << 20
-MAX_STRINGS = 1 << 21  # in the arrays of one file
+MAX_STRINGS = 3 << 19  # in the arrays of one file
 MAX_NESTED_ARRAYS = 1 << 16  # arrays within arrays, in one file
 MAX_NESTING = 4
 MAX_DIMS = 4
