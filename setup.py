@@ -28,21 +28,17 @@ class BuildWithKernels(build_py):
 class KernelsWheel(bdist_wheel):
     """A wheel is for one kind of machine if it carries a library, and for every Python 3 either way."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self) -> tuple[str, str, str]:
         _python, _abi, platform = super().get_tag()
-        carried = any((Path(self.bdist_dir) / NATIVE).glob("*.so"))
+        carried = any((Path(self.get_finalized_command("build_py").build_lib) / NATIVE).glob("*.so"))
         return "py3", "none", platform if carried else "any"
 
 
-class NeedsNothing(Distribution):
-    """Keeps the package in purelib although its wheel is for one platform."""
+class PlatformDistribution(Distribution):
+    """Tells setuptools that there is machine code, though none of it is a Python extension."""
 
     def has_ext_modules(self) -> bool:
-        return False
+        return True
 
 
 def compile_kernels(target: Path, sources: Path) -> None:
@@ -57,4 +53,4 @@ def compile_kernels(target: Path, sources: Path) -> None:
         print(f"the CPU kernels are not compiled into the package: {reason}", file=sys.stderr)
 
 
-setup(distclass=NeedsNothing, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": KernelsWheel})
+setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": KernelsWheel})
