@@ -117,7 +117,7 @@ class ReferenceBackend:
 
     def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x²) + eps) * gain, for each run of len(gain)."""
-        runs = x.reshape(x.shape[0], -1, gain.shape[0])  # (tokens, runs, len(gain))
+        runs = x.reshape(x.shape[0], x.shape[1] // gain.shape[0], gain.shape[0])  # (tokens, runs, len(gain))
         mean = _row_sums(runs * runs) / gain.shape[0]
         root = torch.as_tensor(np.sqrt((mean + eps).numpy()))  # numpy's is correctly rounded
         return (runs / root * gain).reshape(x.shape)

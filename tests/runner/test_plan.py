@@ -1,0 +1,180 @@
+"""The memory plan: what it promises, how settings steer it, and how it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker_orcd.config import DeviceConfig, EngineConfig
+from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
+from worker_orcd.kernels.backend import AttentionParams, Limits, RopeParams
+from worker_orcd.model.config import LayerConfig, ModelConfig
+from worker_orcd.runner.plan import MemoryPlan, make_plan
+
+MIB = 1 << 20
+
+
+class Sizes:
+    """A backend with a float16 cache and a round workspace."""
+
+    name = "cpu"
+
+    def __init__(self, workspace: int = MIB) -> None:
+        self.workspace = workspace
+        self.asked: list[tuple[Limits, int, int]] = []
+
+    def cache_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        return 2 * 2 * block_size * num_kv_heads * head_dim
+
+    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
+        self.asked.append((limits, widest, vocab_size))
+        return self.workspace
+
+
+def model(context_length: int = 8192) -> ModelConfig:
+    """SmolLM2-135M's shape: 23040 bytes of cache a token."""
+    attention = AttentionParams(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125)
+    layer = LayerConfig(
+        attention=attention, rope=RopeParams(rotary_dim=64, inv_freq=(1.0,) * 32), ffn_dim=1536
+    )
+    return ModelConfig(
+        architecture="llama",
+        name="smol",
+        vocab_size=49152,
+        dim=576,
+        context_length=context_length,
+        norm_eps=1e-5,
+        tied_embeddings=True,
+        layers=(layer,) * 30,
+    )
+
+
+def plan(available: int, *, weights: int = 96 * MIB, context: int = 8192, **kwargs: Any) -> MemoryPlan:
+    engine = {name: value for name, value in kwargs.items() if name in EngineConfig.__slots__}
+    device = {name: value for name, value in kwargs.items() if name in DeviceConfig.__slots__}
+    assert len(engine) + len(device) == len(kwargs)
+    return make_plan(
+        model(context), weights, Sizes(), EngineConfig(**engine), DeviceConfig(**device), available
+    )
+
+
+def test_a_large_machine_gets_what_can_be_used_and_no_more():
+    found = plan(1 << 40)
+    assert found.num_blocks == 1 + 64 * 2048 // 16
+    assert found.max_model_len == 8192
+    assert found.kv_cache_tokens == 64 * 2048
+    assert found.kv_block_bytes == 16 * 23040
+    assert found.notes == ()
+    assert plan(1 << 40, max_num_seqs=2).num_blocks == 1 + 8192 // 16  # one full context is more
+    assert plan(1 << 40, max_model_len=100).num_blocks == 1 + 64 * 7  # 100 tokens are 7 blocks
+
+
+def test_memory_limits_the_cache_before_the_length():
+    found = plan(int(600 * MIB / 0.8))
+    assert found.max_model_len == 8192
+    assert found.num_blocks == (600 - 97) * MIB // (16 * 23040)
+    assert found.total_bytes <= found.usable_bytes == 600 * MIB
+
+
+def test_a_length_that_was_not_asked_for_shrinks_and_says_so():
+    found = plan(int(150 * MIB / 0.8))
+    assert found.max_model_len == (found.num_blocks - 1) * 16 == 2384
+    assert found.notes == (
+        "'smol' was trained for 8192 tokens; memory holds 2384, so longer requests are refused",
+    )
+
+
+def test_too_little_memory_names_both_numbers():
+    with pytest.raises(InsufficientMemory) as info:
+        plan(int(100 * MIB / 0.8))
+    message = str(info.value)
+    assert (
+        "'smol' requires 103.0 MiB (96.0 MiB of weights, 1.0 MiB of workspace, 6.0 MiB of KV cache)"
+        in message
+    )
+    assert "125.0 MiB available on cpu" in message
+    assert "may use 100.0 MiB (memory fraction 0.8)" in message
+    with pytest.raises(InsufficientMemory, match=r"requires 277\.4 MiB"):
+        plan(int(150 * MIB / 0.8), max_model_len=8192)
+    with pytest.raises(InsufficientMemory, match=r"may use 0\.0 MiB"):
+        plan(0)
+
+
+def test_settings_steer_it():
+    assert plan(1 << 40, kv_cache_size_mb=200).kv_cache_bytes <= 200 * MIB
+    assert plan(1 << 40, kv_cache_size_mb=200).num_blocks == 200 * MIB // (16 * 23040)
+    assert plan(1 << 40, kv_cache_size_mb=100).max_model_len == 283 * 16
+    assert plan(1000 * MIB, memory_fraction=0.5).usable_bytes == 500 * MIB
+    assert plan(1 << 40, block_size=32).num_blocks == 1 + 64 * 64
+    with pytest.raises(InsufficientMemory, match="KV cache of 20 MiB cannot hold a sequence of 2000 tokens"):
+        plan(1 << 40, kv_cache_size_mb=20, max_model_len=2000)
+    with pytest.raises(InsufficientMemory, match=r"199.\d MiB of KV cache"):
+        plan(200 * MIB, kv_cache_size_mb=200)
+    for length in (0, -1, 8193):
+        with pytest.raises(InvalidConfiguration, match=f"max_model_len is {length}; 'smol' allows 1 to 8192"):
+            plan(1 << 40, max_model_len=length)
+
+
+def test_the_workspace_is_asked_for_what_will_run():
+    sizes = Sizes()
+    engine = EngineConfig(max_num_seqs=3, max_num_batched_tokens=77, block_size=8, max_model_len=20)
+    found = make_plan(model(), 0, sizes, engine, DeviceConfig(), 1 << 40)
+    limits = Limits(max_tokens=77, max_rows=3, max_blocks_per_row=3, block_size=8)
+    assert sizes.asked == [(limits, 3072, 49152)]
+    assert found.limits(engine) == limits
+    assert found.workspace_bytes == MIB
+
+
+def test_the_table():
+    rows = plan(1 << 40).rows()
+    assert [what for what, _bytes, _remark in rows] == [
+        "weights",
+        "workspace",
+        "KV cache",
+        "total",
+        "available",
+    ]
+    sizes = {what: num_bytes for what, num_bytes, _remark in rows}
+    assert sizes["weights"] + sizes["workspace"] + sizes["KV cache"] == sizes["total"]
+    assert "131072 tokens" in rows[2][2]
+
+
+@given(
+    available=st.integers(0, 1 << 34),
+    context=st.integers(1, 200_000),
+    block_size=st.integers(1, 64),
+    max_num_seqs=st.integers(1, 256),
+    max_model_len=st.none() | st.integers(1, 200_000),
+    kv_cache_size_mb=st.none() | st.integers(1, 10_000),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_longest_sequence_always_fits(
+    available: int,
+    context: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    kv_cache_size_mb: int | None,
+):
+    try:
+        found = plan(
+            available,
+            context=context,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            kv_cache_size_mb=kv_cache_size_mb,
+        )
+    except (InsufficientMemory, InvalidConfiguration):
+        return
+    assert found.total_bytes <= found.usable_bytes
+    assert 1 <= found.max_model_len <= context
+    assert found.max_model_len <= found.kv_cache_tokens  # and the null block is not counted in it
+    if max_model_len is not None:
+        assert found.max_model_len == max_model_len
+    elif found.max_model_len < context:
+        assert found.notes
+        assert found.max_model_len >= 256

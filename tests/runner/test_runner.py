@@ -1,0 +1,186 @@
+"""The runner with a tiny model: steps in, tokens out, and what happens when a step goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import MODELS, TinyFile, load_runner
+
+from worker_orcd.config import EngineConfig
+from worker_orcd.errors import ContextLengthExceeded, DeviceError, Internal, OutOfMemory, WorkerError
+from worker_orcd.kernels.backend import CompiledForward, Counts, Forward
+from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.runner.runner import ModelRunner
+from worker_orcd.runner.scoring import score, score_chunks
+from worker_orcd.sequence import Row, RowFailure, SampledToken, SamplingParams, Sequence, Step
+
+ENGINE = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64)
+PROMPT = np.random.default_rng(3).integers(0, 320, 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TinyFile(MODELS["llama"]).write(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def runner(model_path: Path) -> ModelRunner:
+    return load_runner(model_path, ReferenceBackend(), ENGINE)
+
+
+def sequence(number: int, token_ids: list[int], **params: Any) -> Sequence:
+    made = Sequence(
+        id=number,
+        token_ids=list(token_ids),
+        max_tokens=30,
+        stop_token_ids=frozenset(),
+        sampling=SamplingParams(**params),
+    )
+    made.block_ids = list(range(1 + 4 * number, 5 + 4 * number))  # room for 64 tokens
+    return made
+
+
+def advance(runner: ModelRunner, rows: list[Row]) -> list[Any]:
+    """Run a step and write its results into the sequences, as the scheduler does."""
+    results = runner.launch(Step(tuple(rows))).wait()
+    for row, result in zip(rows, results, strict=True):
+        row.sequence.num_computed_tokens += row.num_tokens
+        if isinstance(result, SampledToken):
+            row.sequence.token_ids.append(result.token_id)
+    return list(results)
+
+
+def generate(runner: ModelRunner, made: Sequence, count: int) -> list[SampledToken]:
+    return [advance(runner, [Row(made, made.num_uncomputed_tokens)])[0] for _ in range(count)]
+
+
+def test_greedy_tokens_are_the_argmax_of_the_logits(runner: ModelRunner):
+    made = sequence(0, PROMPT, temperature=0.0, logprobs=2)
+    tokens = generate(runner, made, 8)
+    logits = score(runner, made.token_ids).astype(np.float64)  # (28, vocab)
+    for index, token in enumerate(tokens, start=len(PROMPT) - 1):
+        row = logits[index]
+        assert token.token_id == row.argmax() == made.token_ids[index + 1]
+        expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        assert token.logprob == pytest.approx(expected.max(), abs=1e-9)
+        assert token.top_logprobs[0] == (token.token_id, token.logprob)
+
+
+def test_alone_chunked_and_in_a_crowd_the_tokens_are_the_same(runner: ModelRunner):
+    settings = [
+        {"temperature": 0.0, "logprobs": 3},
+        {"seed": 5, "top_p": 0.9, "logprobs": 0},
+        {"seed": 6, "temperature": 1.4, "top_k": 30, "repetition_penalty": 1.2},
+        {"seed": 7, "min_p": 0.05, "presence_penalty": 0.5, "logprobs": 1},
+    ]
+    prompts = [PROMPT, PROMPT[3:5], PROMPT[::-1], PROMPT[:1]]
+    alone = [
+        generate(runner, sequence(0, prompt, **params), 10)
+        for prompt, params in zip(prompts, settings, strict=True)
+    ]
+    crowd = [
+        sequence(number, prompt, **params)
+        for number, (prompt, params) in enumerate(zip(prompts, settings, strict=True))
+    ]
+    found: list[list[SampledToken]] = [[] for _ in crowd]
+    chunk = 0
+    while any(len(tokens) < 10 for tokens in found):
+        chunk = chunk % 7 + 1
+        rows = [
+            Row(made, min(chunk, made.num_uncomputed_tokens))
+            for made in crowd[:: 1 if chunk % 2 else -1]
+            if len(found[made.id]) < 10
+        ]
+        for row, result in zip(rows, advance(runner, rows), strict=True):
+            if result is not None:
+                found[row.sequence.id].append(result)
+    assert found == alone
+
+
+def test_rows_that_do_not_reach_the_end_sample_nothing(runner: ModelRunner):
+    made = sequence(0, PROMPT)
+    assert runner.launch(Step((Row(made, 5),))).wait() == [None]
+    both = runner.launch(Step((Row(made, 5), Row(sequence(1, PROMPT), 20)))).wait()
+    assert both[0] is None
+    assert isinstance(both[1], SampledToken)
+
+
+def test_a_row_that_fails_does_not_disturb_its_neighbours(runner: ModelRunner):
+    good = Row(sequence(0, PROMPT, temperature=0.0), 20)
+    bad = Row(sequence(1, PROMPT, logit_bias=((320, 1.0),)), 20)
+    alone = runner.launch(Step((good,))).wait()
+    first, second = runner.launch(Step((bad, good))).wait()
+    assert isinstance(first, RowFailure)
+    assert "logit_bias" in first.message
+    assert [second] == alone
+
+
+def test_the_sequence_may_change_after_launch(runner: ModelRunner):
+    made = sequence(0, PROMPT, temperature=0.0, presence_penalty=1.0)
+    expected = runner.launch(Step((Row(made, 20),))).wait()
+    pending = runner.launch(Step((Row(made, 20),)))
+    made.token_ids.clear()
+    made.block_ids.clear()
+    assert pending.wait() == expected
+
+
+def test_one_step_at_a_time(runner: ModelRunner):
+    step = Step((Row(sequence(0, PROMPT), 20),))
+    pending = runner.launch(step)
+    with pytest.raises(Internal, match="while another"):
+        runner.launch(step)
+    pending.wait()
+    with pytest.raises(Internal, match="twice"):
+        pending.wait()
+    with pytest.raises(Internal, match="vocabulary"):
+        runner.launch(Step((Row(sequence(0, [320]), 1),)))
+    runner.launch(step).wait()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("0x7f00 /home/me"), Internal),
+        (DeviceError("the device is gone"), DeviceError),
+    ],
+)
+def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
+    raised: Exception, expected: type[WorkerError], model_path: Path
+):
+    class Failing(ReferenceBackend):
+        broken = True
+
+        def compile(self, forward: Forward, inputs: Any, limits: Any) -> CompiledForward:
+            compiled = super().compile(forward, inputs, limits)
+
+            def step(counts: Counts) -> torch.Tensor:
+                if self.broken:
+                    raise raised
+                return compiled(counts)
+
+            return step
+
+    backend = Failing()
+    runner = load_runner(model_path, backend, ENGINE)
+    made = Step((Row(sequence(0, PROMPT), 20),))
+    with pytest.raises(expected) as info:
+        runner.launch(made).wait()
+    assert "/home" not in str(info.value)
+    backend.broken = False
+    assert isinstance(runner.launch(made).wait()[0], SampledToken)
+
+
+def test_scoring_in_any_chunks(runner: ModelRunner):
+    text = (PROMPT * 3)[:50]
+    whole = score(runner, text)
+    assert whole.shape == (50, 320)
+    assert [part.shape for part in score_chunks(runner, text)] == [(16, 320)] * 3 + [(2, 320)]
+    assert np.array_equal(whole, score(runner, text, 3))
+    assert score(runner, []).shape == (0, 320)
+    with pytest.raises(ContextLengthExceeded, match="513 tokens; at most 512 fit"):
+        score(runner, [1] * 513)
