@@ -115,7 +115,7 @@ def test_every_token_is_where_its_sequence_says(data: st.DataObject):
         ([([1, 2], 1, [1], 2)], "beyond the tokens"),
         ([([1, 100], 0, [1], 2)], "outside the vocabulary of 100"),
         ([([1, -1], 0, [1], 2)], "outside the vocabulary of 100"),
-        ([([1] * 5, 0, [1], 5)], "5 tokens with only 1 blocks"),
+        ([([1] * 5, 0, [1], 5)], "reaches beyond its blocks"),
         ([([1] * 21, 20, [1, 2, 3, 4, 5, 6], 1)], "21 tokens is longer than a row may be"),
         ([([1], 0, [0], 1)], "block id outside 1 … 39"),
         ([([1], 0, [40], 1)], "block id outside 1 … 39"),

@@ -52,8 +52,7 @@ class Batch:
         ends = np.cumsum(lengths)  # (num_rows,)
         self._query_start[1 : num_rows + 1] = ends
         self._context_lens[:num_rows] = computed + lengths
-        for index, row in enumerate(step.rows):
-            self._fill_blocks(index, row)
+        self._fill_blocks(step, computed + lengths)
         self._fill_places(lengths, computed, ends)
         return Counts(num_tokens, num_rows, self._fill_logit_tokens(step, ends, every_logit))
 
@@ -65,25 +64,27 @@ class Batch:
             raise Internal(f"a token id outside the vocabulary of {self._vocab_size}")
         self._token_ids[:num_tokens] = token_ids
 
-    def _fill_blocks(self, index: int, row: Row) -> None:
-        """The blocks that hold the row's context; entries beyond are left as they are, nothing reads them."""
-        sequence = row.sequence
-        context_len = sequence.num_computed_tokens + row.num_tokens
-        count = -(-context_len // self._limits.block_size)
-        if count > self._limits.max_blocks_per_row:
-            raise Internal(f"a context of {context_len} tokens is longer than a row may be")
-        if count > len(sequence.block_ids):
-            raise Internal(f"a context of {context_len} tokens with only {len(sequence.block_ids)} blocks")
-        blocks = np.array(sequence.block_ids[:count], dtype=np.int64)
+    def _fill_blocks(self, step: Step, context_lens: Ints) -> None:
+        """The blocks of each row's context; entries beyond stay as they are, nothing reads them."""
+        counts = -(-context_lens // self._limits.block_size)  # (num_rows,)
+        if counts.max() > self._limits.max_blocks_per_row:
+            raise Internal(f"a context of {context_lens.max()} tokens is longer than a row may be")
+        tables = [
+            row.sequence.block_ids[:count] for row, count in zip(step.rows, counts.tolist(), strict=True)
+        ]
+        blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
+        if len(blocks) != counts.sum():
+            raise Internal("a row's context reaches beyond its blocks")
         if blocks.min() < 1 or blocks.max() >= self._num_blocks:
             raise Internal(f"a block id outside 1 … {self._num_blocks - 1}")
-        self._block_tables[index, :count] = blocks
+        rows, columns = _places_in_runs(counts)
+        self._block_tables[rows, columns] = blocks
 
     def _fill_places(self, lengths: Ints, computed: Ints, ends: Ints) -> None:
         """Positions and slots of all tokens."""
         num_tokens, block_size = int(ends[-1]), self._limits.block_size
-        rows = np.repeat(np.arange(len(lengths)), lengths)  # (num_tokens,)
-        positions = np.arange(num_tokens) + (computed - (ends - lengths))[rows]
+        rows, offsets = _places_in_runs(lengths)  # (num_tokens,)
+        positions = computed[rows] + offsets
         blocks = self._block_tables[rows, positions // block_size].astype(np.int64)
         self._positions[:num_tokens] = positions
         self._slots[:num_tokens] = blocks * block_size + positions % block_size
@@ -103,3 +104,10 @@ class Batch:
 def _new_tokens(row: Row) -> list[int]:
     first = row.sequence.num_computed_tokens
     return row.sequence.token_ids[first : first + row.num_tokens]
+
+
+def _places_in_runs(counts: Ints) -> tuple[Ints, Ints]:
+    """For runs of these lengths, one after the other: the run of each element and its place in the run."""
+    runs = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return runs, np.arange(len(runs)) - starts[runs]
