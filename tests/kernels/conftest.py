@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from worker_orcd.config import DeviceConfig
 from worker_orcd.kernels.backend import (
     AttentionParams,
     Backend,
@@ -20,12 +21,45 @@ from worker_orcd.kernels.backend import (
     Matrix,
     RopeParams,
 )
+from worker_orcd.kernels.cpu.build import LibraryUnavailable, load_library
+from worker_orcd.kernels.cpu.library import Library
+from worker_orcd.kernels.cpu.native import NativeBackend
 from worker_orcd.quant import BY_NAME
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    """The native library, compiled once a machine; its tests are skipped where no compiler exists."""
+    try:
+        return load_library()
+    except LibraryUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def isas(library: Library) -> Iterator[list[str]]:
+    """Every instruction set of this machine. Whatever a test forces is undone."""
+    best = library.isa
+    yield [name for name in ("scalar", "avx2", "avx512vnni", "neon") if library.force_isa(name)]
+    library.force_isa(best)
+
+
+@pytest.fixture
+def make_native(library: Library) -> Iterator[Callable[..., NativeBackend]]:
+    """A native backend; the pool's size is undone. Float32 throughout unless told."""
+    threads = library.num_threads
+
+    def make(cpu_threads: int = 1, **config: Any) -> NativeBackend:
+        config = {"cpu_activations": "float32", **config}
+        return NativeBackend(library, DeviceConfig(device="cpu", cpu_threads=cpu_threads, **config))
+
+    yield make
+    library.set_threads(threads)
 
 
 def random_matrix(rng: np.random.Generator, name: str, n: int, k: int) -> Matrix:
@@ -193,3 +227,37 @@ def make_chunk() -> type[Chunk]:
 @pytest.fixture
 def make_matrix() -> Callable[..., Matrix]:
     return random_matrix
+
+
+@pytest.fixture
+def run_op() -> Callable[..., np.ndarray]:
+    """Run `operation(backend, inputs, *tensors)` on arrays of shape (tokens, width), on any backend.
+
+    The arrays arrive as columns of an F32 embedding table, row t for token t, which is exact.
+    """
+
+    def run(
+        backend: Backend,
+        operation: Callable[..., Any],
+        arrays: Sequence[np.ndarray],
+        positions: Sequence[int] | None = None,
+        logit_tokens: Sequence[int] = (),
+    ) -> np.ndarray:
+        joined = np.concatenate(arrays, axis=1).astype(np.float32)
+        tokens, width = joined.shape
+        table = backend.embedding(Matrix("t", BY_NAME["F32"], tokens, width, joined.view(np.uint8)))
+        limits = Limits(tokens, tokens, 1, 16)
+        inputs = backend.allocate_inputs(limits)
+
+        def forward(symbolic: BatchInputs) -> Any:
+            x = backend.embed(symbolic.token_ids, table)
+            return operation(backend, symbolic, *backend.split(x, [array.shape[1] for array in arrays]))
+
+        step = backend.compile(forward, inputs, limits)
+        inputs.token_ids.copy_(torch.arange(tokens))
+        inputs.positions.copy_(torch.tensor(list(positions or range(tokens))))
+        inputs.query_start.copy_(torch.arange(tokens + 1))
+        inputs.logit_tokens[: len(logit_tokens)] = torch.tensor(list(logit_tokens), dtype=torch.int32)
+        return step(Counts(tokens, tokens, len(logit_tokens))).numpy().copy()
+
+    return run
