@@ -47,27 +47,37 @@ class Narration:
         **fields: object,
     ) -> None:
         out = sys.stderr if stream is None else stream
+        self.is_pretty = style == "pretty" or (style == "auto" and out.isatty())
         self._log_prompts = log_prompts
+        self._learnt = dict[str, Any]()  # shared with every narrator bound from this one
+        self._fields = _known(fields)
         self._logger: Any = structlog.wrap_logger(
             structlog.WriteLogger(out),
-            processors=_processors(pretty=style == "pretty" or (style == "auto" and out.isatty())),
+            processors=_processors(pretty=self.is_pretty),
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
-        ).bind(**_known(fields))
+        )
 
     def bind(self, **fields: object) -> Narration:
         """The same narrator with these fields in every event. None leaves a field out."""
         bound = object.__new__(Narration)
+        bound.is_pretty = self.is_pretty
         bound._log_prompts = self._log_prompts
-        bound._logger = self._logger.bind(**_known(fields))
+        bound._learnt = self._learnt
+        bound._fields = self._fields | _known(fields)
+        bound._logger = self._logger
         return bound
+
+    def learn(self, **fields: object) -> None:
+        """Put these fields into every later event, of the narrators bound from this one too."""
+        self._learnt.update(_known(fields))
 
     def tell(
         self, event: Event, sentence: str, *, trace: BaseException | None = None, **fields: object
     ) -> None:
         """One event. `trace`: an unexpected exception, told with its traceback."""
         write = {"error": self._logger.error, "warning": self._logger.warning}.get(event, self._logger.info)
-        details = _known(fields)
+        details = self._fields | self._learnt | _known(fields)
         if trace is not None:
             details["exc_info"] = (type(trace), trace, trace.__traceback__)
         try:
