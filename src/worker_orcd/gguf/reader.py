@@ -82,6 +82,13 @@ class GGUFFile:
             num_rows *= dim
         return data.reshape(num_rows, -1)
 
+    def release(self, name: str) -> None:
+        """Let the tensor's pages leave this process's memory; they are read again if somebody looks."""
+        tensor = self.tensors[name]
+        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[tensor.part].madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
+
     def close(self) -> None:
         """Let go of the mapping. It lives on as long as a view of it does."""
         self._maps = []
@@ -113,7 +120,9 @@ def open_part(path: Path, part: int) -> tuple[mmap.mmap, Part]:
             raise InvalidModelFile(
                 f"{label}: a GGUF file has at least {HEADER_BYTES} bytes, this one {status.st_size}"
             )
-        mapping = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    except ValueError:  # emptied since fstat
+        raise InvalidModelFile(f"{label}: the file changed while it was opened") from None
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise InsufficientMemory(f"{label}: no room to map the file into memory") from None

@@ -158,6 +158,8 @@ class _Loader:
         return gain
 
     def _loaded(self, name: str) -> None:
+        """The backend has its copy: forget the file's pages, so that a file larger than memory loads."""
+        self._file.release(name)
         self._loaded_bytes += self._file.tensors[name].nbytes
         self._on_progress(min(1.0, self._loaded_bytes / self._total_bytes))
 

@@ -1,0 +1,162 @@
+"""How tensors reach a backend: fused, reordered, with progress, in bounded memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf.quants
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tiny_models import MODELS, Tiny, TinyFile, interleave
+
+from gguf import GGMLQuantizationType as GGMLType
+from worker_orcd.errors import InvalidModelFile
+from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.kernels.backend import Matrix
+from worker_orcd.model.architectures import configure
+from worker_orcd.model.weights import Weights, deinterleave, load_weights
+
+
+@dataclass
+class Packed:
+    parts: list[NDArray[np.float32]]  # decoded
+    formats: list[str]
+    bias: NDArray[np.float32] | None
+
+
+class RecordingBackend:
+    """Keeps decoded copies of what it is given. Only the part of a backend that loading uses."""
+
+    def matrix(self, parts: Any, bias: Any = ()) -> Packed:
+        joined = np.concatenate(bias) if bias else None
+        return Packed([decoded(part) for part in parts], [part.format.name for part in parts], joined)
+
+    def embedding(self, table: Matrix) -> Packed:
+        return self.matrix([table])
+
+    def vector(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return values
+
+
+def decoded(part: Matrix) -> NDArray[np.float32]:
+    assert part.data.shape == (part.n, part.format.row_bytes(part.k))
+    return part.format.dequantize_rows(part.data)
+
+
+def loaded(file: TinyFile, directory: Path) -> Weights:
+    backend: Any = RecordingBackend()
+    with GGUFFile(file.write(directory / "tiny.gguf")) as opened:
+        return load_weights(opened, configure(opened), backend)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "qwen3"])
+def test_weights_are_those_transformers_would_hold(name: str, tmp_path: Path):
+    file = TinyFile(MODELS[name])
+    weights = loaded(file, tmp_path)
+    for index, layer in enumerate(weights.layers):
+        theirs = f"model.layers.{index}."
+        attention = [file.state[f"{theirs}self_attn.{letter}_proj.weight"] for letter in "qkv"]
+        for found, expected in zip(layer.qkv.parts, attention, strict=True):
+            np.testing.assert_array_equal(found, expected)
+        if file.tiny.qkv_bias:
+            biases = [file.state[f"{theirs}self_attn.{letter}_proj.bias"] for letter in "qkv"]
+            np.testing.assert_array_equal(layer.qkv.bias, np.concatenate(biases))
+        else:
+            assert layer.qkv.bias is None
+        for found, part in zip(layer.gate_up.parts, ("gate", "up"), strict=True):
+            np.testing.assert_array_equal(found, file.state[f"{theirs}mlp.{part}_proj.weight"])
+        np.testing.assert_array_equal(layer.attention_norm, file.state[f"{theirs}input_layernorm.weight"])
+        assert layer.attention_norm.dtype == np.float32
+        assert (layer.q_norm is not None) == (layer.k_norm is not None) == file.tiny.head_norms
+    assert weights.layers[0].qkv.formats == ["Q8_0", "F16", "Q4_1"]
+    assert (weights.output is weights.embedding) == file.tiny.tied
+
+
+def test_interleaved_rows_are_moved_as_bytes(tmp_path: Path):
+    """Rows keep their very bytes, so nothing is lost that a decoder would lose."""
+    file = TinyFile(Tiny(architecture="llama"))
+    values, kind = file.tensors["blk.0.attn_q.weight"]
+    stored = gguf.quants.quantize(values, kind)
+    moved = deinterleave(stored, file.tiny.heads, file.tiny.head_dim)
+    assert sorted(map(bytes, moved)) == sorted(map(bytes, stored))
+    assert not np.array_equal(moved, stored)
+    np.testing.assert_array_equal(interleave(moved, file.tiny.heads), stored)
+
+
+@given(heads=st.integers(1, 5), half=st.integers(1, 8), rest=st.integers(0, 5), width=st.integers(1, 3))
+def test_deinterleave(heads: int, half: int, rest: int, width: int):
+    head_dim = 2 * half + rest
+    rows = np.arange(heads * head_dim * width).reshape(heads * head_dim, width)
+    found = deinterleave(rows, heads, 2 * half)
+    for head in range(heads):
+        start = head * head_dim
+        for index in range(half):
+            assert np.array_equal(found[start + index], rows[start + 2 * index])
+            assert np.array_equal(found[start + half + index], rows[start + 2 * index + 1])
+        for index in range(2 * half, head_dim):
+            assert np.array_equal(found[start + index], rows[start + index])
+    assert np.array_equal(deinterleave(rows[:, 0], heads, 2 * half), found[:, 0])
+
+
+def test_progress_rises_from_0_to_1(tmp_path: Path):
+    backend: Any = RecordingBackend()
+    seen: list[float] = []
+    with GGUFFile(TinyFile(MODELS["qwen3"]).write(tmp_path / "tiny.gguf")) as file:
+        load_weights(file, configure(file), backend, seen.append)
+    assert seen[0] == 0.0
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 10
+    assert seen[-3] < 1.0
+
+
+def test_loading_checks_the_tensors_itself(tmp_path: Path):
+    backend: Any = RecordingBackend()
+    file = TinyFile(MODELS["llama"])
+    with GGUFFile(file.write(tmp_path / "a.gguf")) as whole:
+        config = configure(whole)
+    del file.tensors["blk.1.attn_v.weight"]
+    with (
+        GGUFFile(file.write(tmp_path / "b.gguf")) as lacking,
+        pytest.raises(InvalidModelFile, match=r"blk\.1\.attn_v\.weight' is missing"),
+    ):
+        load_weights(lacking, config, backend)
+
+
+def mapped_bytes() -> int:
+    """Pages of files in this process's memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile:"):
+            return int(line.split()[1]) << 10
+    pytest.skip("this kernel does not count mapped pages")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_file_does_not_pile_up_in_memory(tmp_path: Path):
+    tiny = Tiny(architecture="llama", layers=4, dim=384, heads=6, head_dim=64, ffn=1536, formats={})
+    path = TinyFile(tiny).write(tmp_path / "big.gguf")
+    highest = 0
+
+    class Watching(RecordingBackend):
+        def matrix(self, parts: Any, bias: Any = ()) -> Packed:
+            nonlocal highest
+            for part in parts:
+                part.data.sum()
+            highest = max(highest, mapped_bytes())
+            return Packed([], [], None)
+
+    backend: Any = Watching()
+    with GGUFFile(path) as file:
+        before = mapped_bytes()
+        load_weights(file, configure(file), backend)
+        largest = 2 * 1536 * 384 * 4  # gate and up
+        assert path.stat().st_size > 6 * largest
+        assert highest - before < 1.5 * largest
+        assert mapped_bytes() - before < largest / 2
+        assert file.tensors["token_embd.weight"].ggml_type == GGMLType.F32
+        assert file.data("token_embd.weight").any()  # still there to be read
