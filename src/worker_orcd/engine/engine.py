@@ -106,6 +106,7 @@ class Engine:
         while not self._stopping:
             try:
                 if self._scheduler.is_idle or self._failure is not None:
+                    self._look()
                     self._flush()
                     self._receive(wait=True)
                 else:
@@ -114,8 +115,8 @@ class Engine:
             except Exception as error:
                 self._collapse(self._explain(error))
         self._outputs += self._scheduler.end_all(FinishReason.CANCELLED)
+        self._look()
         self._flush()
-        self.snapshot = self._scheduler.snapshot(failed=self._failure is not None)
 
     def _turn(self) -> None:
         started = time.monotonic()
@@ -128,7 +129,7 @@ class Engine:
         if results is not None:
             self._num_failing_steps = 0
             self._outputs += self._scheduler.update(step, results)
-        self.snapshot = self._scheduler.snapshot(failed=self._failure is not None)
+        self._look()
         self._observe(time.monotonic() - started)
 
     def _compute(self, step: Step) -> Sequence[RowResult] | None:
@@ -181,6 +182,9 @@ class Engine:
         except Internal as error:  # no output: it would end the sequence that rightly has this id
             self._narration.tell("error", f"A submit was ignored: {error}.", code=error.code)
 
+    def _look(self) -> None:
+        self.snapshot = self._scheduler.snapshot(failed=self._failure is not None)
+
     def _flush(self) -> None:
         if not self._outputs:
             return
@@ -220,7 +224,7 @@ class Engine:
             return
         self._failure = error
         self._outputs += self._scheduler.end_all(FinishReason.ERROR, error.code, error.message)
+        self._look()
         self._flush()
-        self.snapshot = self._scheduler.snapshot(failed=True)
         self._narration.tell("error", f"The engine has stopped for good: {error.message}.", code=error.code)
         self._on_failure(error)

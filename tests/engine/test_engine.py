@@ -1,0 +1,369 @@
+"""The engine's thread: order, faults, cancellation, shutdown."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from engine_fakes import STOP, FakeDevice, Gate, alone
+
+from worker_orcd.config import EngineConfig
+from worker_orcd.engine.blocks import BlockPool
+from worker_orcd.engine.engine import Engine
+from worker_orcd.engine.messages import Cancel, Output, StepStats, Submit
+from worker_orcd.engine.scheduler import Scheduler
+from worker_orcd.errors import DeviceError, Draining, EngineError, OutOfMemory
+from worker_orcd.narration import Narration
+from worker_orcd.sequence import FinishReason, SamplingParams
+
+SECONDS = 10.0  # more than anything here takes
+
+
+class Bench:
+    """An engine on a fake device, and everything it says."""
+
+    def __init__(
+        self, *, num_blocks: int = 200, max_seqs: int = 8, publish: Any = None, observer: Any = None
+    ):
+        self.config = EngineConfig(max_num_seqs=max_seqs, max_num_batched_tokens=64, block_size=4)
+        self.scheduler = Scheduler(self.config, BlockPool(num_blocks))
+        self.before_launch: Callable[[], None] = lambda: None
+        self.before_wait: Callable[[], None] = lambda: None
+        self.device = Gate(
+            FakeDevice(num_blocks, 4), lambda: self.before_launch(), lambda: self.before_wait()
+        )
+        self.log = io.StringIO()
+        self.failures: list[EngineError] = []
+        self.stats: list[StepStats] = []
+        self.batches: list[list[Output]] = []
+        self.outputs: dict[int, list[Output]] = defaultdict(list)
+        self._news = threading.Condition()
+        self.engine = Engine(
+            self.scheduler,
+            self.device,
+            publish or self.publish,
+            observer=observer or self,
+            narration=Narration("json", stream=self.log),
+            on_failure=self.failures.append,
+        )
+        self.ids = itertools.count()
+
+    def on_step(self, stats: StepStats) -> None:
+        self.stats.append(stats)
+
+    def publish(self, outputs: list[Output]) -> None:
+        with self._news:
+            self.batches.append(outputs)
+            for output in outputs:
+                self.outputs[output.id].append(output)
+            self._news.notify_all()
+
+    def submit(self, prompt: list[int], max_tokens: int, **fields: Any) -> int:
+        number = next(self.ids)
+        sampling = SamplingParams(seed=number)
+        self.engine.send(
+            Submit(
+                id=number,
+                prompt_token_ids=tuple(prompt),
+                max_tokens=max_tokens,
+                stop_token_ids=STOP,
+                sampling=sampling,
+                **fields,
+            )
+        )
+        return number
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        with self._news:
+            assert self._news.wait_for(condition, SECONDS), "it did not happen"
+
+    def last(self, number: int) -> Output:
+        """The sequence's last output, once it is there."""
+        self.wait_for(
+            lambda: bool(self.outputs[number]) and self.outputs[number][-1].finish_reason is not None
+        )
+        return self.outputs[number][-1]
+
+    def tokens(self, number: int) -> list[int]:
+        return [token.token_id for output in self.outputs[number] for token in output.tokens]
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    made.engine.start()
+    yield made
+    made.before_launch = made.before_wait = lambda: None
+    assert made.engine.stop(SECONDS)
+
+
+def raises(error: BaseException, times: int = 1) -> Callable[[], None]:
+    """A hook that fails the first `times` times."""
+    left = [error] * times
+
+    def hook() -> None:
+        if left:
+            raise left.pop()
+
+    return hook
+
+
+def check_last_outputs(bench: Bench, numbers: list[int]) -> None:
+    for number in numbers:
+        finals = [o for o in bench.outputs[number] if o.finish_reason is not None]
+        assert len(finals) == 1 and bench.outputs[number][-1] is finals[0]
+
+
+def test_answers_come_in_order_and_whole(bench: Bench):
+    prompts = [[i % 5 + 1] * (3 + i) for i in range(20)]
+    numbers = [bench.submit(prompt, 9, min_tokens=4) for prompt in prompts]
+    for number, prompt in zip(numbers, prompts, strict=True):
+        assert bench.last(number).finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        assert bench.tokens(number) == alone(prompt, 9, seed=number, min_tokens=4)
+    check_last_outputs(bench, numbers)
+
+
+def test_a_step_is_published_while_the_next_one_computes(bench: Bench):
+    published_before_wait: list[int] = []
+    bench.before_wait = lambda: published_before_wait.append(len(bench.batches))
+    number = bench.submit([1, 2, 3], 4, min_tokens=4)
+    bench.last(number)
+    assert published_before_wait == [0, 1, 2, 3]
+    assert [len(batch) for batch in bench.batches] == [1, 1, 1, 1]
+
+
+def test_a_thousand_quick_submits(bench: Bench):
+    numbers = [bench.submit([i % 7 + 1, i % 11 + 1, 3], 2, min_tokens=2) for i in range(1000)]
+    for number in numbers:
+        assert bench.last(number).finish_reason is not None
+        assert bench.tokens(number) == alone(
+            [number % 7 + 1, number % 11 + 1, 3], 2, seed=number, min_tokens=2
+        )
+    check_last_outputs(bench, numbers)
+    assert bench.engine.snapshot.kv_blocks_free == bench.engine.snapshot.kv_blocks_total == 199
+
+
+def test_a_refused_submit_gets_its_only_output(bench: Bench):
+    output = bench.last(bench.submit([1] * 900, 9))
+    assert output.error_code == "INVALID_REQUEST" and "900 prompt tokens" in (output.error or "")
+
+
+def test_an_id_in_use_leaves_its_owner_alone(bench: Bench):
+    gate = threading.Event()
+    bench.before_wait = lambda: gate.wait(SECONDS) and None
+    number = bench.submit([1, 2, 3], 5, min_tokens=5)
+    bench.ids = itertools.count(number)
+    bench.submit([9, 9], 5)
+    gate.set()
+    bench.last(number)
+    assert bench.tokens(number) == alone([1, 2, 3], 5, seed=number, min_tokens=5)
+    assert "in use" in bench.log.getvalue()
+
+
+# -- cancelling and deadlines ------------------------------------------------------------------------------
+
+
+def test_cancelling_takes_at_most_one_step_and_frees_the_blocks(bench: Bench):
+    bench.before_wait = lambda: time.sleep(0.02)
+    numbers = [bench.submit([i + 1] * 8, 500, min_tokens=500) for i in range(12)]  # eight run, four wait
+    bench.wait_for(lambda: len(bench.outputs[7]) >= 2)
+    for number in (3, 10):
+        started = time.monotonic()
+        bench.engine.send(Cancel(number))
+        assert bench.last(number).finish_reason is FinishReason.CANCELLED
+        assert time.monotonic() - started < 0.1
+    bench.engine.send(Cancel(3))
+    bench.engine.send(Cancel(12345))
+    for number in numbers:
+        bench.engine.send(Cancel(number))
+    for number in numbers:
+        assert bench.last(number).finish_reason is FinishReason.CANCELLED
+    snapshot = bench.engine.snapshot
+    deadline = time.monotonic() + SECONDS
+    while bench.engine.snapshot.kv_blocks_free < 199 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    snapshot = bench.engine.snapshot
+    assert (snapshot.num_running, snapshot.num_waiting, snapshot.kv_blocks_free) == (0, 0, 199)
+    check_last_outputs(bench, numbers)
+
+
+def test_a_deadline_ends_a_running_sequence(bench: Bench):
+    bench.before_wait = lambda: time.sleep(0.005)
+    number = bench.submit([1, 2, 3], 400, min_tokens=400, deadline=time.monotonic() + 0.1)
+    late = bench.submit([1, 2, 3], 400, deadline=time.monotonic() - 1)
+    output = bench.last(number)
+    assert (output.finish_reason, output.tokens) == (FinishReason.DEADLINE, ())
+    assert (
+        bench.tokens(number)
+        == alone([1, 2, 3], 400, seed=number, min_tokens=400)[: len(bench.tokens(number))]
+    )
+    assert bench.tokens(number)
+    assert bench.last(late).finish_reason is FinishReason.DEADLINE and not bench.tokens(late)
+
+
+# -- faults ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["before_launch", "before_wait"])
+def test_a_failed_step_ends_its_sequences_only(bench: Bench, where: str):
+    setattr(bench, where, raises(OutOfMemory("the device has no memory left")))
+    output = bench.last(bench.submit([1, 2, 3], 5))
+    assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "VRAM_OOM")
+    assert output.error == "the device has no memory left"
+    number = bench.submit([1, 2, 3], 5, min_tokens=5)
+    bench.last(number)
+    assert bench.tokens(number) == alone([1, 2, 3], 5, seed=number, min_tokens=5)
+    assert not bench.failures and not bench.engine.snapshot.failed
+    assert bench.engine.snapshot.kv_blocks_free == 199
+
+
+def test_an_unexpected_exception_is_told_by_reference(bench: Bench):
+    bench.before_wait = raises(ZeroDivisionError("secret detail at 0x7f00"))
+    output = bench.last(bench.submit([1, 2, 3], 5))
+    assert output.error_code == "INTERNAL" and output.error is not None
+    assert output.error.startswith("internal error, reference ") and "secret" not in output.error
+    [event] = [e for e in bench.events() if "exception" in e]
+    assert event["reference"] in output.error
+    assert "secret detail" in event["exception"] and "Traceback" in event["exception"]
+
+
+def test_failing_steps_in_a_row_end_the_engine(bench: Bench):
+    bench.before_wait = raises(OutOfMemory("none left"), times=2)
+    for _ in range(2):
+        bench.last(bench.submit([1, 2, 3], 2))
+    bench.last(bench.submit([1, 2, 3], 2))  # succeeds: the row of failures is broken
+    bench.before_wait = raises(OutOfMemory("none left"), times=3)
+    for _ in range(3):
+        assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
+    bench.wait_for(lambda: bench.engine.snapshot.failed)
+    assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
+    assert len(bench.failures) == 1
+
+
+def test_a_lost_device_ends_everything_once(bench: Bench):
+    gate = threading.Event()
+    bench.before_wait = lambda: gate.wait(SECONDS) and None
+    numbers = [bench.submit([i + 1] * 5, 50, min_tokens=50) for i in range(12)]
+
+    def lose() -> None:
+        raise DeviceError("the device is lost")
+
+    bench.before_wait = lose
+    gate.set()
+    for number in numbers:
+        output = bench.last(number)
+        assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "CUDA_ERROR")
+    late = bench.submit([1], 1)
+    assert bench.last(late).error_code == "CUDA_ERROR"
+    bench.engine.send(Cancel(late))
+    check_last_outputs(bench, [*numbers, late])
+    assert [type(error) for error in bench.failures] == [DeviceError]
+    assert bench.engine.snapshot.failed and bench.engine.snapshot.num_running == 0
+
+
+def test_a_fault_in_the_scheduler_ends_everything(bench: Bench):
+    number = bench.submit([1, 2, 3], 500, min_tokens=500)
+    bench.wait_for(lambda: len(bench.outputs[number]) > 2)
+    bench.scheduler.schedule = raises(RuntimeError("a bug"), times=99)  # type: ignore[method-assign]
+    output = bench.last(number)
+    assert output.error_code == "INTERNAL" and "reference" in (output.error or "")
+    assert len(bench.failures) == 1
+    check_last_outputs(bench, [number])
+
+
+def test_a_runner_that_miscounts_fails_the_step(bench: Bench):
+    original = bench.device.device.compute
+    bench.device.device.compute = lambda pending: original(pending)[:-1]  # type: ignore[method-assign]
+    output = bench.last(bench.submit([1, 2, 3], 5))
+    assert output.error_code == "INTERNAL" and "0 results for 1 rows" in (output.error or "")
+
+
+def test_a_broken_listener_does_not_stop_the_engine():
+    broken = [True]
+    bench = Bench(
+        publish=lambda outputs: (
+            raises(ValueError("nobody listens"))() if broken[0] else bench.publish(outputs)
+        )
+    )
+    bench.on_step = raises(ValueError("no metrics"), times=99)  # type: ignore[method-assign,assignment]
+    bench.engine.start()
+    bench.submit([1, 2, 3], 2)
+    deadline = time.monotonic() + SECONDS
+    while bench.log.getvalue().count("could not be delivered") < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    broken[0] = False
+    number = bench.submit([1, 2, 3], 2, min_tokens=2)
+    assert bench.last(number).finish_reason is FinishReason.LENGTH
+    assert bench.engine.stop(SECONDS)
+    assert "metrics" in bench.log.getvalue() and not bench.failures
+
+
+# -- stopping ----------------------------------------------------------------------------------------------
+
+
+def test_stop_cancels_what_is_left_and_loses_nobody():
+    bench = Bench()
+    bench.before_wait = lambda: time.sleep(0.002)
+    bench.engine.start()
+    done = threading.Event()
+    sent: list[int] = []
+
+    def keep_submitting() -> None:
+        with pytest.raises(Draining):
+            while True:
+                sent.append(bench.submit([1, 2, 3], 30))
+                time.sleep(0.0005)
+        done.set()
+
+    submitter = threading.Thread(target=keep_submitting)
+    submitter.start()
+    time.sleep(0.1)
+    assert bench.engine.stop(SECONDS)
+    assert done.wait(SECONDS)
+    submitter.join()
+    assert len(sent) > 10
+    check_last_outputs(bench, sent)
+    assert any(bench.outputs[n][-1].finish_reason is FinishReason.CANCELLED for n in sent)
+    bench.engine.send(Cancel(sent[0]))  # nothing to do, nothing to complain about
+    assert bench.engine.stop(SECONDS)
+
+
+def test_stop_says_when_the_device_hangs():
+    bench = Bench()
+    gate = threading.Event()
+    bench.before_wait = lambda: gate.wait(SECONDS) and None
+    bench.engine.start()
+    bench.submit([1, 2, 3], 5)
+    bench_running = time.monotonic() + SECONDS
+    while bench.device.num_steps == 0 and time.monotonic() < bench_running:
+        time.sleep(0.001)
+    assert not bench.engine.stop(0.05)
+    gate.set()
+    assert bench.engine.stop(SECONDS)
+
+
+def test_an_engine_that_never_started_can_be_stopped():
+    assert Bench().engine.stop(SECONDS)
+
+
+def test_observer_and_snapshot_tell_of_each_step(bench: Bench):
+    number = bench.submit([1] * 9, 6, min_tokens=6)
+    bench.last(number)
+    bench.wait_for(lambda: True)
+    deadline = time.monotonic() + SECONDS
+    while len(bench.stats) < 6 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [s.num_tokens for s in bench.stats] == [9, 1, 1, 1, 1, 1]
+    assert sum(s.num_sampled for s in bench.stats) == 6 and bench.stats[0].num_prompt_tokens == 9
+    assert all(s.seconds > 0 for s in bench.stats)
+    assert bench.stats[-1].num_running == 0 and bench.stats[-1].kv_blocks_free == 199
