@@ -34,6 +34,7 @@ from worker_orcd.text.vocabulary import (
 Kind = Literal["gguf-bpe", "hf-json"]
 
 _INK = re.compile(r"\S")  # white space has no owner: control tokens may swallow it, but are not named by it
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_NAMES = 1 << 16  # characters of all control tokens; published vocabularies have up to 20,000
 _LONG = 2048  # characters from which encoding is worth giving other threads a turn
 
@@ -91,7 +92,8 @@ class Tokenizer:
         self.filler = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
         self._finder, self._found_ids = _finder(parts.control)
         for i, token in parts.control.items():
-            if i in _ids(self._plain, token.content):
+            written = self._plain.decode([i], skip_special_tokens=False)  # in the byte alphabet, perhaps
+            if any(i in _ids(self._plain, text) for text in (token.content, written)):
                 raise InvalidModelFile(
                     f"tokenizer.ggml.tokens: plain text can spell control token {i}, {quoted(token.content)}"
                 )
@@ -188,8 +190,8 @@ class Tokenizer:
         """(start, stop, id) of the control tokens named in `text`, as `special` would find them."""
         if not self._found_ids:
             return
-        with _unicode_only():
-            found = self._finder.encode_batch([text], add_special_tokens=False)[0]
+        _check(text)
+        found = self._finder.encode_batch([text], add_special_tokens=False)[0]
         for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if number:
                 yield start, stop, self._found_ids[number]
@@ -208,21 +210,16 @@ def _finder(control: dict[int, AddedToken]) -> tuple[HFTokenizer, dict[int, int]
 
 
 def _ids(tokenizer: HFTokenizer, text: str) -> list[int]:
-    with _unicode_only():
-        if len(text) < _LONG:
-            return tokenizer.encode(text, add_special_tokens=False).ids
-        # The batch call lets other threads run meanwhile: 1 MB takes half a second.
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    _check(text)
+    if len(text) < _LONG:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    # The batch call lets other threads run meanwhile: 1 MB takes half a second.
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
-@contextmanager
-def _unicode_only() -> Generator[None]:
-    try:
-        yield
-    except UnicodeEncodeError:
-        raise InvalidParameter(
-            "the text has a lone surrogate, which is no character", param="prompt"
-        ) from None
+def _check(text: str) -> None:
+    if _SURROGATE.search(text):
+        raise InvalidParameter("the text has a lone surrogate, which is no character", param="prompt")
 
 
 @contextmanager

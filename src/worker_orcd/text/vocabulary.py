@@ -41,8 +41,7 @@ TURN_ENDS = (
     "<|eom_id|>",
     "<|call|>",
 )
-# `</s>` is ordinary markup besides: it ends a turn only where the file itself calls it a control token.
-_UNMISTAKABLE = frozenset(TURN_ENDS) - {"</s>"}
+_MARKUP = "</s>"  # of HTML, too: a normal token of that text is one
 
 
 class TokenType(IntEnum):
@@ -170,7 +169,7 @@ def _types(metadata: Metadata, tokens: list[str], declared: list[int | None]) ->
             raise InvalidModelFile(
                 f"tokenizer.ggml.tokens: token {i}, {quoted(text)}, is a byte, but not <0x00> to <0xFF>"
             )
-        if types[i] != TokenType.CONTROL and text in _UNMISTAKABLE:
+        if text in TURN_ENDS and (types[i] != TokenType.NORMAL or text != _MARKUP):
             types[i] = TokenType.CONTROL  # some converters lose it, and then a user could end the turn
     undeclared = {TokenType.USER_DEFINED, TokenType.UNUSED} if key in metadata else {TokenType.NORMAL}
     for i in declared:
