@@ -38,7 +38,9 @@ class HFJson:
 
 def read_hf_json(path: Path) -> HFJson:
     """Raises ModelNotFound, InvalidModelFile or UnsupportedTokenizer."""
-    special = Tokenizer.from_buffer(_content(path))
+    content = _content(path)
+    special = Tokenizer.from_buffer(content)
+    _check_ids(special, content)
     model = special.model
     if not isinstance(model, BPE):
         raise UnsupportedTokenizer(f"tokenizer.json: the model is {type(model).__name__}; supported is BPE")
@@ -78,6 +80,19 @@ def _content(path: Path) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise InvalidModelFile(f"tokenizer.json is larger than {MAX_FILE_BYTES} bytes")
     return data
+
+
+def _check_ids(tokenizer: Tokenizer, content: bytes) -> None:
+    """Where ids in the file leave a gap, the library gives added tokens the next free ones, without a word."""
+    document: Json = json.loads(content)
+    added: list[Json] = document.get("added_tokens") or []
+    for token in added:
+        found = tokenizer.token_to_id(token["content"])
+        if found != token["id"]:
+            raise InvalidModelFile(
+                f"tokenizer.json: added_tokens has id {token['id']} for {quoted(token['content'])}, "
+                f"where the next free one is {found}"
+            )
 
 
 def _reading_no_control(special: Tokenizer) -> Tokenizer:
