@@ -29,6 +29,11 @@ class Piece:
     ends: bool  # a stop token: it ends the answer and is no part of its text
 
 
+def is_text(tokenizer: Tokenizer, token_id: int) -> bool:
+    """Whether a token stands for text: control tokens do not, nor rows that only pad the network's output."""
+    return token_id < tokenizer.vocab_size and token_id not in tokenizer.control_ids
+
+
 class Answer:
     """Text, counts and times of one sequence. Times are time.monotonic() seconds."""
 
@@ -46,6 +51,7 @@ class Answer:
         self._plan = plan
         self._tokenizer = tokenizer
         self._text = TextStream(plan.stop)
+        self._first = tokenizer.starts_text(plan.generation.prompt_token_ids)
 
     @property
     def text(self) -> str:
@@ -89,8 +95,9 @@ class Answer:
             is_end = token.token_id in self._plan.end_ids
             self.stop_reason = "eos" if is_end else "stop"
             self.matched = None if is_end else token.token_id
-        elif token.token_id not in self._tokenizer.control_ids:
-            delta = self._text.push(self._tokenizer.token_bytes(token.token_id))
+        elif is_text(self._tokenizer, token.token_id):
+            delta = self._text.push(self._tokenizer.stream_bytes(token.token_id, first=self._first))
+            self._first = False
             text = delta.text
             if delta.stopped is not None:
                 self.stop_reason, self.matched = "stop", delta.stopped

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, from_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from worker_orcd.errors import InvalidParameter, PayloadTooLarge
+from worker_orcd.errors import Cancelled, InvalidParameter, PayloadTooLarge
 from worker_orcd.server.context import ContextOf
 
 BODY_SECONDS = 30.0  # for a client to send its body
@@ -85,6 +86,8 @@ async def read_bytes(request: Request, *, max_bytes: int, seconds: float) -> byt
                 if size > max_bytes:
                     raise _too_large(max_bytes)
                 chunks.append(chunk)
+    except ClientDisconnect:
+        raise Cancelled("the client closed the connection") from None
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {seconds:g} seconds") from None
     if size:

@@ -283,7 +283,7 @@ def _submit(stream_id: int, request: Generation) -> Submit:
 
 
 _ERRORS: dict[str, type[WorkerError]] = {
-    kind.code: kind for kind in (OutOfMemory, DeviceError, Internal, Cancelled, DeadlineExceeded)
+    kind.code: kind for kind in (OutOfMemory, DeviceError, Internal, Cancelled, DeadlineExceeded, Draining)
 }
 
 

@@ -147,10 +147,14 @@ def _token(serving: Serving, piece: Piece) -> TokenEvent:
         told.logprob = token.logprob
         if token.top_logprobs:
             told.top_logprobs = [
-                TopLogprob(token_id, serving.tokenizer.token_text(token_id), logprob)
+                TopLogprob(token_id, _text(serving, token_id), logprob)
                 for token_id, logprob in token.top_logprobs
             ]
     return told
+
+
+def _text(serving: Serving, token_id: int) -> str:
+    return serving.tokenizer.token_text(token_id) if token_id < serving.tokenizer.vocab_size else ""
 
 
 def _metrics(job: Job, answer: Answer) -> bytes:

@@ -92,7 +92,7 @@ def require_short(context: Context, num_chars: int, param: str) -> None:
 
 
 def _require_tokens(ids: Sequence[int], serving: Serving, param: str) -> None:
-    size = serving.facts.vocab_size
+    size = serving.tokenizer.vocab_size
     for index, token_id in enumerate(ids):
         if not 0 <= token_id < size:
             raise InvalidParameter(

@@ -37,7 +37,7 @@ async def detokenize(
 ) -> JSON:
     """The text of token ids."""
     serving = context.status.require_serving()
-    size = serving.facts.vocab_size
+    size = serving.tokenizer.vocab_size
     for index, token_id in enumerate(body.tokens):
         if token_id >= size:
             message = f"tokens[{index}]: found {token_id}; allowed: token ids from 0 to {size - 1}"

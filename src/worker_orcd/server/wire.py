@@ -154,21 +154,21 @@ class Sampling(Wire):
     )
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
-    deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    deadline_ms: Annotated[int | None, Field(ge=1, le=MAX_DEADLINE_MS)] = None
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=256)] = None
 
 
 class ExecuteRequest(Sampling):
     """POST /execute."""
 
     job_id: Annotated[str, Field(min_length=1, max_length=128)]
-    prompt: Annotated[str, Field(min_length=1)] | None = None
+    prompt: Annotated[str | None, Field(min_length=1)] = None
     prompt_token_ids: TokenIds | None = Field(default=None, description="a list of token ids, at least one")
     messages: Messages | None = Field(default=None, description=f"a list of 1 to {MAX_MESSAGES} messages")
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=MAX_COUNT)] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @model_validator(mode="before")
     @classmethod

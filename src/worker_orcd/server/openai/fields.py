@@ -1,8 +1,8 @@
 """OpenAI's fields that this version does not act on: refused, harmless, or unknown.
 
 Refused are fields that would change the answer, unless their value asks for nothing (`tools: []`). Harmless
-are fields that concern OpenAI's own platform, or hints that a server may disregard. Any other field is ignored
-and named in the response header `x-ignored-fields`, so that nothing is ignored silently.
+are fields that concern OpenAI's own platform, or hints that a server may disregard. Any other field is named
+in the response header `x-ignored-fields`, so that nothing is ignored silently.
 """
 
 from __future__ import annotations

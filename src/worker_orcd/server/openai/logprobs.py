@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from worker_orcd.server.answer import Piece
+from worker_orcd.server.answer import Piece, is_text
 from worker_orcd.text.tokenizer import Tokenizer
 
 _UNLIKELY = -9999.0
@@ -55,8 +55,12 @@ def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> ChatLogprobs
 
 
 def _entry(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> TokenLogprob:
-    raw = tokenizer.token_bytes(token_id)
-    return TokenLogprob(tokenizer.token_text(token_id), _number(logprob), list(raw))
+    raw = _bytes(tokenizer, token_id)
+    return TokenLogprob(raw.decode("utf-8", "replace"), _number(logprob), list(raw))
+
+
+def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""
 
 
 def _number(logprob: float | None) -> float:
@@ -86,13 +90,13 @@ class CompletionOffsets:
             }
             told.top_logprobs.append(top | {text: own})
             told.text_offset.append(self._num_chars)
-            if token.token_id not in self._tokenizer.control_ids:
+            if is_text(self._tokenizer, token.token_id):
                 self._num_chars += len(self._decoder.decode(self._tokenizer.token_bytes(token.token_id)))
         return told
 
     def _text(self, token_id: int) -> str:
         """A key that tells tokens apart: partial characters as OpenAI writes them, `bytes:\\xe2\\x80`."""
-        raw = self._tokenizer.token_bytes(token_id)
+        raw = _bytes(self._tokenizer, token_id)
         try:
             return raw.decode()
         except UnicodeDecodeError:

@@ -64,13 +64,13 @@ class OpenAIRequest(Sampling):
     model_config = Sampling.model_config | {"extra": "allow"}
     null_is_absent: ClassVar[bool] = True
 
-    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    model: Annotated[str | None, Field(min_length=1, max_length=256)] = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=MAX_COUNT)] = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] = 0
-    seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
+    seed: Annotated[int | None, Field(ge=-(2**63), le=MAX_SEED)] = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
@@ -90,7 +90,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: Prompts = Field(description=_PROMPT_RULE)
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @model_validator(mode="after")
     def _echo_has_no_logprobs(self) -> Self:
@@ -109,10 +109,10 @@ class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
     messages: Messages = Field(description=f"a list of 1 to {MAX_MESSAGES} messages")
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MAX_COUNT)] = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    reasoning_effort: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    reasoning_effort: Annotated[str | None, Field(min_length=1, max_length=32)] = None
     chat_template_kwargs: TemplateFields | None = None
 
     @model_validator(mode="after")

@@ -1,0 +1,218 @@
+"""Real sockets: clients that hang up, never read, write slowly or write too much, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+
+import httpx
+import pytest
+
+from worker_orcd.server.protocol import BoundedProtocol
+
+
+def request(path, body, **headers):
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+    lines += [f"{name}: {value}" for name, value in headers.items()] + [
+        f"Content-Length: {len(data)}",
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode() + data
+
+
+@contextlib.asynccontextmanager
+async def connection(port, data=b"", **options):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, **options)
+    writer.write(data)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+UNFINISHED = request("/execute", {"job_id": "j", "prompt": "x"})[:-10]
+LONG = {"ignore_eos": True, "max_tokens": 400}
+CALLS = [
+    ("/execute", {"job_id": "j", "prompt": "x", **LONG}),
+    ("/v1/completions", {"prompt": "x", "stream": True, **LONG}),
+    ("/v1/completions", {"prompt": "x", "stream": False, **LONG}),
+    ("/v1/completions", {"prompt": ["x", "y"], "n": 2, "stream": True, **LONG}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": True, **LONG}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **LONG}),
+]
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["generating", "queued"])
+@pytest.mark.parametrize(("path", "body"), CALLS)
+async def test_hanging_up_cancels(world, eventually, path, body, waiting):
+    w = world()
+    w.engine.step_seconds = 0.005
+    w.engine.answer = lambda _: [65]
+    if waiting:
+        w.engine.go.clear()
+    sequences = len(body["prompt"]) * body["n"] if "n" in body else 1
+    async with w.listen() as port:
+        async with connection(port, request(path, body)) as (reader, _):
+            await eventually(lambda: len(w.engine.submitted) == sequences)
+            if body.get("stream", path == "/execute"):
+                await reader.readuntil(b"\r\n\r\n")
+            assert w.client.num_admitted == sequences
+        hung_up = time.monotonic()
+        await eventually(lambda: len(w.engine.cancelled) == sequences)
+        assert time.monotonic() - hung_up < 0.1
+        await eventually(lambda: w.engine.snapshot.num_running == 0)
+        assert sorted(w.engine.cancelled) == list(range(1, sequences + 1))
+        assert w.client.num_admitted == 0
+        assert w.count('worker_requests_total{outcome="cancelled"}') == 1
+        w.engine.go.set()
+        async with httpx.AsyncClient() as http:  # and the worker serves on
+            url = f"http://127.0.0.1:{port}/execute"
+            response = await http.post(url, json={"job_id": "j", "prompt": "x", "max_tokens": 1})
+        assert "event: end" in response.text
+
+
+class Impatient(BoundedProtocol):
+    """Small buffers towards the client, and little patience with it."""
+
+    stall_seconds = 0.3
+
+    def connection_made(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+
+
+async def test_a_client_that_never_reads_loses_its_own_stream_only(world, eventually, events_of):
+    w = world(max_buffered_outputs=50)
+    w.protocol = Impatient
+    w.engine.answer = lambda submit: [submit.prompt_token_ids[0]]
+    flood = {"job_id": "deaf", "prompt": "x", "ignore_eos": True, "max_tokens": 500, "logprobs": 20}
+    polite = {"job_id": "good", "prompt": "y", "max_tokens": 20, "ignore_eos": True}
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    async with w.listen() as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        with deaf:
+            deaf.connect(("127.0.0.1", port))
+            deaf.sendall(request("/execute", flood))
+            await eventually(lambda: w.engine.cancelled == [1])  # the bounded queue overflowed
+            assert w.client.num_admitted == 1
+            good = await http.post("/execute", json=polite)
+            assert [name for name, _ in events_of(good.text)][-1] == "end"
+            await eventually(lambda: w.client.num_admitted == 0)  # the connection was given up
+            assert w.count('worker_requests_total{outcome="cancelled"}') == 1
+        good = await http.post("/execute", json=polite)
+        assert [name for name, _ in events_of(good.text)][-1] == "end"
+
+
+@pytest.mark.parametrize("path", ["/execute", "/v1/completions", "/v1/chat/completions"])
+async def test_comments_keep_a_silent_stream_alive(world, eventually, path):
+    w = world(keep_alive_seconds=0.05)
+    w.engine.go.clear()
+    bodies = {
+        "/execute": {"job_id": "j", "prompt": "x"},
+        "/v1/completions": {"prompt": "x", "stream": True},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "stream": True},
+    }
+    async with w.listen() as port, connection(port, request(path, bodies[path])) as (reader, _):
+        await reader.readuntil(b"\r\n\r\n")
+        begun = time.monotonic()
+        for _ in range(3):
+            await reader.readuntil(b": keep-alive\n\n")
+        assert 0.12 < time.monotonic() - begun < 1
+        w.engine.go.set()
+        rest = (await reader.readuntil(b"0\r\n\r\n")).decode()
+    assert "data: " in rest
+    assert "keep-alive" not in rest.partition("data: ")[2]
+
+
+async def test_a_body_that_does_not_come_is_given_up(world, monkeypatch):
+    monkeypatch.setattr("worker_orcd.server.body.BODY_SECONDS", 0.1)
+    async with world().listen() as port, connection(port, UNFINISHED) as (reader, _):
+        answer = (await reader.read()).decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "did not arrive within 0.1 seconds" in answer
+
+
+async def test_a_client_that_leaves_in_its_body_is_forgotten(world, eventually):
+    w = world()
+    async with w.listen() as port:
+        async with connection(port, UNFINISHED):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"http://127.0.0.1:{port}/ready")).status_code == 200
+    assert not [event for event in w.narrated() if event["event"] == "error"]
+
+
+class Hasty(BoundedProtocol):
+    head_seconds = 0.1
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-A: "])
+async def test_a_head_that_does_not_come_is_given_up(world, sent):
+    w = world()
+    w.protocol = Hasty
+    async with w.listen() as port, connection(port, sent) as (reader, _):
+        begun = time.monotonic()
+        assert await reader.read() == b""
+        assert 0.05 < time.monotonic() - begun < 1
+
+
+async def test_a_second_head_that_does_not_come_is_given_up(world):
+    w = world()
+    w.protocol = Hasty
+    async with (
+        w.listen() as port,
+        connection(port, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n") as pair,
+    ):
+        reader, writer = pair
+        assert (await reader.readuntil(b"ok\n")).startswith(b"HTTP/1.1 200")
+        writer.write(b"GET /livez HT")
+        begun = time.monotonic()
+        assert await reader.read() == b""
+        assert 0.05 < time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 10_000_000,
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\n" * 100_000,
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /" + b"a" * 5_000_000,
+    ],
+    ids=["10 MB header", "100,000 headers", "70 kB header", "70 kB path", "5 MB path"],
+)
+async def test_heads_that_are_too_large(world, head):
+    async with world().listen() as port, connection(port, head) as (reader, _):
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = await reader.read()
+        assert not answer or answer.startswith(b"HTTP/1.1 431 "), answer[:100]
+        async with httpx.AsyncClient() as http:
+            response = await http.get(f"http://127.0.0.1:{port}/livez", headers={"X-A": "a" * 50_000})
+            assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01" + b"\x00" * 100]
+)
+async def test_what_is_not_http(world, garbage):
+    async with world().listen() as port, connection(port, garbage) as (reader, _):
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_two_requests_on_one_connection(world):
+    w = world()
+    async with w.listen() as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        for k in range(3):
+            assert "event: end" in (await http.post("/execute", json={"job_id": str(k), "prompt": "x"})).text
+        big = {"job_id": "big", "prompt": "x" * 200_000}  # larger than a head may be
+        assert (await http.post("/execute", json=big)).status_code == 400
