@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from worker_orcd.sequence import Row, RowFailure, RowResult, SampledToken, Step
 
 VOCAB = 24
-STOP = frozenset({0})
+STOP = frozenset({0, 1})
 
 
 def entry(previous: int, token_id: int) -> int:

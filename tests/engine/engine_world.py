@@ -56,21 +56,21 @@ class Scenario:
     failing_ticks: frozenset[int] = frozenset()  # steps that fail as a whole
 
 
-PREFIXES = st.sampled_from([[], [7] * 9, [7] * 4 + [8] * 8, [6] * 4 + [8] * 8, list(range(20))])
-PROMPTS = st.builds(lambda p, t: p + t, PREFIXES, st.lists(st.integers(0, 23), min_size=1, max_size=12))
+PREFIXES = st.sampled_from([[], [7] * 9, [7] * 12, [7] * 4 + [8] * 8, [6] * 4 + [8] * 8, list(range(20))])
+PROMPTS = st.builds(lambda p, t: p + t, PREFIXES, st.lists(st.integers(0, 5), min_size=1, max_size=12))
 ARRIVALS = st.builds(
     Arrival,
-    tick=st.integers(0, 20),
+    tick=st.integers(0, 20) | st.integers(0, 3),
     prompt=PROMPTS,
     max_tokens=st.integers(1, 12),
     min_tokens=st.sampled_from([0, 0, 0, 3]),
     priority=st.sampled_from([0, 0, 0, 1, -1]),
-    salt=st.sampled_from([b"", b"", b"other"]),
+    salt=st.sampled_from([b"", b"", b"", b"other"]),
     seed=st.integers(0, 2),
-    deadline=st.none() | st.integers(0, 25),
-    cancel=st.none() | st.integers(0, 25),
+    deadline=st.sampled_from([None] * 20 + [0, 2, 5, 9, 15, 25]),
+    cancel=st.sampled_from([None] * 20 + [0, 1, 2, 5, 9, 15, 25]),
     cancel_in_flight=st.booleans(),
-    fails_at=st.none() | st.none() | st.integers(0, 30),
+    fails_at=st.sampled_from([None] * 30 + [0, 1, 3, 6, 10]),
 )
 
 
@@ -78,13 +78,13 @@ ARRIVALS = st.builds(
 def scenarios(draw: st.DrawFn) -> Scenario:
     size = draw(st.sampled_from([1, 2, 4, 4, 5]))
     return Scenario(
-        arrivals=draw(st.lists(ARRIVALS, min_size=1, max_size=8)),
-        num_blocks=draw(st.integers(46, 90)) // size + 2,  # the longest sequence has 44 tokens
+        arrivals=draw(st.lists(ARRIVALS, min_size=1, max_size=10)),
+        num_blocks=draw(st.integers(45, 50) | st.integers(45, 90)) // size + 2,  # the longest has 44 tokens
         block_size=size,
         budget=draw(st.integers(1, 24)),
-        max_seqs=draw(st.integers(1, 5)),
+        max_seqs=draw(st.integers(1, 6)),
         caching=draw(st.booleans() | st.just(True)),
-        failing_ticks=draw(st.just(frozenset[int]()) | st.frozensets(st.integers(0, 30), max_size=3)),
+        failing_ticks=draw(st.sampled_from([frozenset[int]()] * 3 + [frozenset({1}), frozenset({2, 3, 9})])),
     )
 
 

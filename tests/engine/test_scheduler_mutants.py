@@ -187,7 +187,7 @@ def killer(code: Code) -> str | None:
 
 def run_scenarios(code: Code) -> None:
     @settings(
-        max_examples=150,
+        max_examples=120,
         derandomize=True,
         database=None,
         deadline=None,

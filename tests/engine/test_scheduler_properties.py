@@ -12,7 +12,7 @@ REAL = Code(scheduler, blocks)
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenarios())
 def test_output_does_not_depend_on_anything_around_it(scenario: Scenario):
     play(REAL, scenario)
