@@ -11,6 +11,7 @@
 #include "quantize.h"
 
 #define EACH_LANE _Pragma("GCC unroll 4") for (int t = 0; t < lanes; t++)
+#define EACH_OF_HALVES _Pragma("GCC unroll 2") for (int h = h0; h < h0 + halves; h++)
 
 AVX2_INLINE int is_wide(const int format) { return format == Q8_0 || format == IQ4_NL; }
 AVX2_INLINE int is_split(const int format) {
@@ -39,59 +40,80 @@ AVX2_INLINE __m256i dot_add(const int format, __m256i sum, __m256i w, __m256i q)
   return _mm256_add_epi32(sum, _mm256_madd_epi16(product, _mm256_set1_epi16(1)));
 }
 
+/* Half panels (8 rows) whose sums are kept in registers at once. */
+AVX2_INLINE int halves_at_once(const int format, const int lanes) { return is_split(format) && lanes == 4 ? 1 : 2; }
+
+/*
+ * The compiler would rather collect products and add them up at the end, for which there are not enough registers:
+ * sums are made opaque to it after every step, and loads are forgotten between half panels.
+ */
+#define KEEP(sum) __asm__ volatile("" : "+x"(sum))
+#define FORGET_LOADS() __asm__ volatile("" ::: "memory")
+
 AVX2_INLINE void dot_step(const int format, const int lanes, const uint8_t *body, const uint8_t *tile, const int j,
-                          __m256i first[4][2], __m256i second[4][2]) {
+                          const int h0, const int halves, __m256i first[4][2], __m256i second[4][2]) {
   __m256i lo[2], hi[2];
-  EACH_HALF levels(format, body, j, h, &lo[h], &hi[h]);
+  EACH_OF_HALVES levels(format, body, j, h, &lo[h], &hi[h]);
   EACH_LANE {
     const __m256i a = broadcast32(tile + 32 * t + 4 * j), b = broadcast32(tile + 32 * t + 16 + 4 * j);
-    EACH_HALF {
+    EACH_OF_HALVES {
       first[t][h] = dot_add(format, first[t][h], lo[h], a);
-      if (is_split(format))
+      if (is_split(format)) {
         second[t][h] = dot_add(format, second[t][h], hi[h], b);
-      else
+        KEEP(second[t][h]);
+      } else {
         first[t][h] = dot_add(format, first[t][h], hi[h], b);
+      }
+      KEEP(first[t][h]);
     }
   }
 }
 
 /* The dot products of a body with a block of the tile; `second` is the second half of k, where it is kept apart. */
-AVX2_INLINE void body_dot(const int format, const int lanes, const uint8_t *body, const uint8_t *tile,
-                          __m256i first[4][2], __m256i second[4][2]) {
-  EACH_LANE {
+AVX2_INLINE void body_dot(const int format, const int lanes, const uint8_t *body, const uint8_t *tile, const int h0,
+                          const int halves, __m256i first[4][2], __m256i second[4][2]) {
+  if (halves == 1) FORGET_LOADS();
+  EACH_LANE EACH_OF_HALVES {
     const uint8_t *start = tile + 40 * lanes + 8 * t;
     const __m256i zero = _mm256_setzero_si256();
-    first[t][0] = first[t][1] = has_correction(format) ? broadcast32(start) : zero;
-    second[t][0] = second[t][1] = has_correction(format) && is_split(format) ? broadcast32(start + 4) : zero;
+    first[t][h] = has_correction(format) ? broadcast32(start) : zero;
+    second[t][h] = has_correction(format) && is_split(format) ? broadcast32(start + 4) : zero;
   }
-  dot_step(format, lanes, body, tile, 0, first, second);
-  dot_step(format, lanes, body, tile, 1, first, second);
-  dot_step(format, lanes, body, tile, 2, first, second);
-  dot_step(format, lanes, body, tile, 3, first, second);
+  dot_step(format, lanes, body, tile, 0, h0, halves, first, second);
+  dot_step(format, lanes, body, tile, 1, h0, halves, first, second);
+  dot_step(format, lanes, body, tile, 2, h0, halves, first, second);
+  dot_step(format, lanes, body, tile, 3, h0, halves, first, second);
+}
+
+AVX2_INLINE void small_block(const int format, const int lanes, const uint8_t *block, const uint8_t *tile, const int h0,
+                             const int halves, __m256 acc[4][2]) {
+  __m256i first[4][2], second[4][2];
+  body_dot(format, lanes, block + shape_of(format).header, tile, h0, halves, first, second);
+  EACH_OF_HALVES {
+    const __m256 d = row_scales(format, block, h);
+    const __m256i one = _mm256_set1_epi16(1);
+    EACH_LANE {
+      __m256i sum = is_wide(format) ? first[t][h] : _mm256_madd_epi16(first[t][h], one);
+      if (is_split(format)) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(second[t][h], one));
+      const __m256 scale = _mm256_mul_ps(d, broadcast_float(tile + 32 * lanes + 4 * t));
+      acc[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[t][h]);
+      if (has_minimum(format))
+        acc[t][h] = _mm256_fmadd_ps(halves_to_floats(block + 32 + 16 * h), broadcast_float(tile + 36 * lanes + 4 * t),
+                                    acc[t][h]);
+    }
+  }
 }
 
 /* Formats of 32 weights a block. */
 AVX2_INLINE void small_dot(const int format, const int lanes, const uint8_t *block, int64_t blocks, const uint8_t *tile,
                            float *out) {
-  const packed_shape f = shape_of(format);
-  const __m256i one = _mm256_set1_epi16(1);
+  const int bytes = shape_of(format).header + shape_of(format).body, halves = halves_at_once(format, lanes);
   __m256 acc[4][2];
   EACH_LANE acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  for (int64_t b = 0; b < blocks; b++, block += f.header + f.body, tile += LANE_BLOCK_BYTES * lanes) {
-    __m256i first[4][2], second[4][2];
-    body_dot(format, lanes, block + f.header, tile, first, second);
-    EACH_HALF {
-      const __m256 d = row_scales(format, block, h);
-      EACH_LANE {
-        __m256i sum = is_wide(format) ? first[t][h] : _mm256_madd_epi16(first[t][h], one);
-        if (is_split(format)) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(second[t][h], one));
-        const __m256 scale = _mm256_mul_ps(d, broadcast_float(tile + 32 * lanes + 4 * t));
-        acc[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[t][h]);
-        if (has_minimum(format))
-          acc[t][h] = _mm256_fmadd_ps(halves_to_floats(block + 32 + 16 * h),
-                                      broadcast_float(tile + 36 * lanes + 4 * t), acc[t][h]);
-      }
-    }
+  for (int64_t b = 0; b < blocks; b++, block += bytes, tile += LANE_BLOCK_BYTES * lanes) {
+    prefetch_ahead(block, bytes);
+    small_block(format, lanes, block, tile, 0, halves, acc);
+    if (halves == 1) small_block(format, lanes, block, tile, 1, halves, acc);
   }
   EACH_LANE EACH_HALF _mm256_storeu_ps(out + 16 * t + 8 * h, acc[t][h]);
 }
@@ -103,28 +125,34 @@ AVX2_INLINE __m256i scale_pairs(const uint8_t *bytes, const int is_signed) {
   return _mm256_or_si256(v, _mm256_slli_epi32(v, 16));
 }
 
-/* One sub-block of 32: add to p (products) and q (minima), as in linear_scalar.c. */
+/* The scales of the block that is being read, and its sums so far: p (products) and q (minima). */
+typedef struct {
+  uint8_t scale[16][16], minimum[16][16];
+  __m256 p[4][2], q[4][2];
+} k_state;
+
+/* Sub-block j: add to p and q, as in linear_scalar.c. */
 AVX2_INLINE void sub_block(const int format, const int lanes, const uint8_t *body, const uint8_t *tile, int j,
-                           uint8_t scale[16][16], uint8_t minimum[16][16], __m256 p[4][2], __m256 q[4][2]) {
+                           const int h0, const int halves, k_state *s) {
   const int per_32 = format == Q4_K || format == Q5_K, is_signed = format == Q3_K || format == Q6_K;
   __m256i first[4][2], second[4][2];
-  body_dot(format, lanes, body, tile, first, second);
-  EACH_HALF {
-    const __m256i s0 = scale_pairs(scale[per_32 ? j : 2 * j] + 8 * h, is_signed);
-    const __m256i s1 = per_32 ? s0 : scale_pairs(scale[2 * j + 1] + 8 * h, is_signed);
+  body_dot(format, lanes, body, tile, h0, halves, first, second);
+  EACH_OF_HALVES {
+    const __m256i s0 = scale_pairs(s->scale[per_32 ? j : 2 * j] + 8 * h, is_signed);
+    const __m256i s1 = per_32 ? s0 : scale_pairs(s->scale[2 * j + 1] + 8 * h, is_signed);
     EACH_LANE {
+      const __m256 x = broadcast_float(tile + 32 * lanes + 4 * t);
       __m256i sum = _mm256_madd_epi16(first[t][h], s0);
       if (is_split(format)) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(second[t][h], s1));
-      p[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), broadcast_float(tile + 32 * lanes + 4 * t), p[t][h]);
+      s->p[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), x, s->p[t][h]);
       if (per_32) {
-        const __m256 m = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load64(minimum[j] + 8 * h)));
-        q[t][h] = _mm256_fmadd_ps(m, broadcast_float(tile + 36 * lanes + 4 * t), q[t][h]);
+        const __m256 m = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load64(s->minimum[j] + 8 * h)));
+        s->q[t][h] = _mm256_fmadd_ps(m, broadcast_float(tile + 36 * lanes + 4 * t), s->q[t][h]);
       } else if (format == Q2_K) {
         const uint8_t *sums = tile + 40 * lanes + 8 * t;
-        const __m256i a = _mm256_madd_epi16(broadcast32(sums), scale_pairs(minimum[2 * j] + 8 * h, 0));
-        const __m256i b = _mm256_madd_epi16(broadcast32(sums + 4), scale_pairs(minimum[2 * j + 1] + 8 * h, 0));
-        q[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)),
-                                  broadcast_float(tile + 32 * lanes + 4 * t), q[t][h]);
+        const __m256i a = _mm256_madd_epi16(broadcast32(sums), scale_pairs(s->minimum[2 * j] + 8 * h, 0));
+        const __m256i b = _mm256_madd_epi16(broadcast32(sums + 4), scale_pairs(s->minimum[2 * j + 1] + 8 * h, 0));
+        s->q[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), x, s->q[t][h]);
       }
     }
   }
@@ -133,22 +161,26 @@ AVX2_INLINE void sub_block(const int format, const int lanes, const uint8_t *bod
 /* K-quants: 256 weights a block. */
 AVX2_INLINE void k_dot(const int format, const int lanes, const uint8_t *block, int64_t blocks32, const uint8_t *tile,
                        float *out) {
-  const int has_dmin = format == Q2_K || format == Q4_K || format == Q5_K;
+  const int has_dmin = format == Q2_K || format == Q4_K || format == Q5_K, halves = halves_at_once(format, lanes);
   const packed_shape f = shape_of(format);
   __m256 acc[4][2];
   EACH_LANE acc[t][0] = acc[t][1] = _mm256_setzero_ps();
   for (int64_t b = 0; b < blocks32; b += 8, block += f.header + 8 * f.body) {
-    uint8_t scale[16][16], minimum[16][16];
-    __m256 p[4][2], q[4][2];
-    sub_scales(format, block, scale, minimum);
-    EACH_LANE p[t][0] = p[t][1] = q[t][0] = q[t][1] = _mm256_setzero_ps();
-    for (int j = 0; j < 8; j++, tile += LANE_BLOCK_BYTES * lanes)
-      sub_block(format, lanes, block + f.header + j * f.body, tile, j, scale, minimum, p, q);
+    k_state s;
+    prefetch_ahead(block, f.header);
+    sub_scales(format, block, s.scale, s.minimum);
+    EACH_LANE s.p[t][0] = s.p[t][1] = s.q[t][0] = s.q[t][1] = _mm256_setzero_ps();
+    for (int j = 0; j < 8; j++, tile += LANE_BLOCK_BYTES * lanes) {
+      const uint8_t *body = block + f.header + j * f.body;
+      prefetch_ahead(body, f.body);
+      sub_block(format, lanes, body, tile, j, 0, halves, &s);
+      if (halves == 1) sub_block(format, lanes, body, tile, j, 1, halves, &s);
+    }
     EACH_HALF {
       const __m256 d = halves_to_floats(block + 16 * h), m = halves_to_floats(block + 32 + 16 * h);
       EACH_LANE {
-        acc[t][h] = _mm256_fmadd_ps(d, p[t][h], acc[t][h]);
-        if (has_dmin) acc[t][h] = _mm256_fnmadd_ps(m, q[t][h], acc[t][h]);
+        acc[t][h] = _mm256_fmadd_ps(d, s.p[t][h], acc[t][h]);
+        if (has_dmin) acc[t][h] = _mm256_fnmadd_ps(m, s.q[t][h], acc[t][h]);
       }
     }
   }

@@ -126,6 +126,7 @@ VNNI_INLINE void small_dot(const int format, const int lanes, const uint8_t *blo
   EACH_LANE acc[t] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; b++, block += f.header + f.body, tile += LANE_BLOCK_BYTES * lanes) {
     __m512i first[8], second[8];
+    prefetch_ahead(block, f.header + f.body);
     body_dot(format, lanes, block + f.header, tile, first, second);
     const __m512 d = scales_512(format, block);
     EACH_LANE {
@@ -148,6 +149,7 @@ VNNI_INLINE void sub_block(const int format, const int lanes, const uint8_t *bod
                            uint8_t scale[16][16], uint8_t minimum[16][16], __m512 p[8], __m512 q[8]) {
   const int per_32 = format == Q4_K || format == Q5_K, is_signed = format == Q3_K || format == Q6_K;
   __m512i first[8], second[8];
+  prefetch_ahead(body, shape_of(format).body);
   body_dot(format, lanes, body, tile, first, second);
   const __m512 s0 = integers_512(scale[per_32 ? j : 2 * j], is_signed);
   const __m512 s1 = per_32 ? s0 : integers_512(scale[2 * j + 1], is_signed);
@@ -177,6 +179,7 @@ VNNI_INLINE void k_dot(const int format, const int lanes, const uint8_t *block, 
   for (int64_t b = 0; b < blocks32; b += 8, block += f.header + 8 * f.body) {
     _Alignas(64) uint8_t scale[16][16], minimum[16][16];
     __m512 p[8], q[8];
+    prefetch_ahead(block, f.header);
     sub_scales(format, block, scale, minimum);
     EACH_LANE p[t] = q[t] = _mm512_setzero_ps();
     for (int j = 0; j < 8; j++, tile += LANE_BLOCK_BYTES * lanes)

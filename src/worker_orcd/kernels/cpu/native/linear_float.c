@@ -148,6 +148,7 @@ AVX2_INLINE void float_dot_avx2(const int format, const uint8_t *panel, int64_t 
   memset(acc, 0, sizeof(float) * 16 * (size_t)tokens);
   for (int64_t k0 = 0; k0 < k; k0 += 32) {
     const int count = k - k0 < 32 ? (int)(k - k0) : 32;
+    if (is_float_format(format)) prefetch_ahead(panel + k0 * (format == F32 ? 64 : 32), format == F32 ? 2048 : 1024);
     panel_weights(format, panel, k0, count, &s, weights);
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) {
@@ -185,6 +186,7 @@ AVX512_INLINE void float_dot_avx512(const int format, const uint8_t *panel, int6
   memset(acc, 0, sizeof(float) * 16 * (size_t)tokens);
   for (int64_t k0 = 0; k0 < k; k0 += 32) {
     const int count = k - k0 < 32 ? (int)(k - k0) : 32;
+    if (is_float_format(format)) prefetch_ahead(panel + k0 * (format == F32 ? 64 : 32), format == F32 ? 2048 : 1024);
     panel_weights(format, panel, k0, count, &s, weights);
     int64_t t = 0;
     for (; t + 8 <= tokens; t += 8) multiply_avx512(8, weights, count, x + t * ldx + k0, ldx, acc + 16 * t);
