@@ -1,35 +1,47 @@
 /* Attention on sixteen lanes; attention.h says in which order everything is summed. */
 
+/* How many tiles' scores grow side by side for 1, 2, 3 or 4 queries, and how many times 16 columns of V: about what
+ * the registers hold. */
 #if defined(ISA_AVX512)
-#define VALUE_CHUNKS 4 /* of 16 columns, held in registers for each query of a group */
-#define SCORE_TILES 2  /* tiles whose scores grow side by side for a full group */
+#define SCORES_1 8
+#define SCORES_2 4
+#define SCORES_3 4
+#define SCORES_4 4
+#define COLUMNS_1 4
+#define COLUMNS_2 4
+#define COLUMNS_3 4
+#define COLUMNS_4 4
 #else
-#define VALUE_CHUNKS 1
-#define SCORE_TILES 1
+#define SCORES_1 4
+#define SCORES_2 2
+#define SCORES_3 1
+#define SCORES_4 1
+#define COLUMNS_1 4
+#define COLUMNS_2 2
+#define COLUMNS_3 2
+#define COLUMNS_4 1
 #endif
 
 INLINE v16 V(load_cache)(const void *p, int64_t index, int half) {
   return half ? V(load_half)((const uint16_t *)p + index) : V(load)((const float *)p + index);
 }
 
-/* Raw scores of R queries against N tiles. */
+/* Raw scores of R queries against N tiles. `ahead` is where the tiles to come lie, or NULL. */
 INLINE void V(score)(int R, int N, int half, int head_dim, const attention_query *queries, const char *const *tiles,
-                     float *scores) {
-  v16 sums[GROUP][4 * SCORE_TILES];
+                     const char *const *ahead, float *scores) {
+  v16 sums[GROUP][8];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) sums[r][n] = V(set1)(0.0f);
   }
   for (int d = 0; d < head_dim; d++) {
-    v16 keys[4 * SCORE_TILES];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) keys[n] = V(load_cache)(tiles[n], (int64_t)d * TILE, half);
+    for (int n = 0; n < N; n++) {
+      if (ahead && (d % 2 == 0 || !half)) __builtin_prefetch(ahead[n] + (int64_t)d * TILE * (half ? 2 : 4), 0, 2);
+      const v16 keys = V(load_cache)(tiles[n], (int64_t)d * TILE, half);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const v16 q = V(set1)(queries[r].q[d]);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) sums[r][n] = V(fma)(q, keys[n], sums[r][n]);
+      for (int r = 0; r < R; r++) sums[r][n] = V(fma)(V(set1)(queries[r].q[d]), keys, sums[r][n]);
     }
   }
 #pragma GCC unroll 8
@@ -40,26 +52,31 @@ INLINE void V(score)(int R, int N, int half, int head_dim, const attention_query
 }
 
 INLINE void V(score_range)(int R, int N, int half, int head_dim, const attention_query *queries,
-                           const char *const *tiles, int first, int last, float *scores) {
+                           const char *const *tiles, int first, int last, int fetch, float *scores) {
+  const int distance = N < 4 ? 4 : N; /* of the tiles to fetch from memory */
   int tile = first;
   for (; tile + N <= last; tile += N) {
-    V(score)(R, N, half, head_dim, queries, tiles + tile, scores + tile * TILE);
+    if (fetch && tile + distance + N <= last) {
+      V(score)(R, N, half, head_dim, queries, tiles + tile, tiles + tile + distance, scores + tile * TILE);
+    } else {
+      V(score)(R, N, half, head_dim, queries, tiles + tile, NULL, scores + tile * TILE);
+    }
   }
-  for (; tile < last; tile++) V(score)(R, 1, half, head_dim, queries, tiles + tile, scores + tile * TILE);
+  for (; tile < last; tile++) V(score)(R, 1, half, head_dim, queries, tiles + tile, NULL, scores + tile * TILE);
 }
 
 static TARGET void V(score_group)(int R, int half, int head_dim, const attention_query *queries,
-                                  const char *const *tiles, int first, int last, float *scores) {
-#define CASE(r, n, h) V(score_range)(r, n, h, head_dim, queries, tiles, first, last, scores)
+                                  const char *const *tiles, int first, int last, int fetch, float *scores) {
+#define CASE(r, n, h) V(score_range)(r, n, h, head_dim, queries, tiles, first, last, fetch, scores)
   switch (R * 2 + (half != 0)) {
-    case 2: CASE(1, 4 * SCORE_TILES, 0); break;
-    case 3: CASE(1, 4 * SCORE_TILES, 1); break;
-    case 4: CASE(2, 2 * SCORE_TILES, 0); break;
-    case 5: CASE(2, 2 * SCORE_TILES, 1); break;
-    case 6: CASE(3, SCORE_TILES, 0); break;
-    case 7: CASE(3, SCORE_TILES, 1); break;
-    case 8: CASE(4, SCORE_TILES, 0); break;
-    default: CASE(4, SCORE_TILES, 1);
+    case 2: CASE(1, SCORES_1, 0); break;
+    case 3: CASE(1, SCORES_1, 1); break;
+    case 4: CASE(2, SCORES_2, 0); break;
+    case 5: CASE(2, SCORES_2, 1); break;
+    case 6: CASE(3, SCORES_3, 0); break;
+    case 7: CASE(3, SCORES_3, 1); break;
+    case 8: CASE(4, SCORES_4, 0); break;
+    default: CASE(4, SCORES_4, 1);
   }
 #undef CASE
 }
@@ -95,7 +112,7 @@ static TARGET void V(weigh)(float *scores, int begin, int end, float scale, atte
 /* Add weight * V of positions [begin, end) of the split to columns [d, d + 16 C) of R queries. */
 INLINE void V(value_columns)(int R, int C, int half, int64_t d, int64_t stride, int64_t skip,
                              const attention_query *queries, const char *const *tiles, const float *weights,
-                             int begin, int end) {
+                             int begin, int end, int last, int fetch) {
   v16 sums[GROUP][4];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
@@ -105,16 +122,22 @@ INLINE void V(value_columns)(int R, int C, int half, int64_t d, int64_t stride, 
   for (int position = begin; position < end;) {
     const int tile = position / TILE;
     const int stop = (tile + 1) * TILE < end ? (tile + 1) * TILE : end;
+    const char *ahead = fetch && (tile + 2) * TILE < last ? tiles[tile + 2] : NULL;
     int64_t row = skip + (position % TILE) * stride + d;
     for (; position < stop; position++, row += stride) {
-      v16 values[4];
+      if (ahead) {
 #pragma GCC unroll 8
-      for (int c = 0; c < C; c++) values[c] = V(load_cache)(tiles[tile], row + c * 16, half);
+        for (int c = 0; c < C; c += half ? 2 : 1) {
+          __builtin_prefetch(ahead + (row + c * 16) * (half ? 2 : 4), 0, 2);
+        }
+      }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const v16 weight = V(set1)(weights[r * SPLIT + position]);
+      for (int c = 0; c < C; c++) {
+        const v16 values = V(load_cache)(tiles[tile], row + c * 16, half);
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) sums[r][c] = V(fma)(weight, values[c], sums[r][c]);
+        for (int r = 0; r < R; r++) {
+          sums[r][c] = V(fma)(V(set1)(weights[r * SPLIT + position]), values, sums[r][c]);
+        }
       }
     }
   }
@@ -126,31 +149,33 @@ INLINE void V(value_columns)(int R, int C, int half, int64_t d, int64_t stride, 
 }
 
 INLINE void V(value_range)(int R, int C, int half, int64_t stride, int64_t skip, const attention_query *queries,
-                           const char *const *tiles, const float *weights, int begin, int end) {
+                           const char *const *tiles, const float *weights, int begin, int end, int fetch) {
   enum { STRIP = 8 * TILE }; /* positions whose V stays in the nearest cache while the columns pass */
   for (int from = begin; from < end;) {
     const int to = from / STRIP * STRIP + STRIP < end ? from / STRIP * STRIP + STRIP : end;
     int64_t d = 0;
     for (; d + 16 * C <= stride; d += 16 * C) {
-      V(value_columns)(R, C, half, d, stride, skip, queries, tiles, weights, from, to);
+      V(value_columns)(R, C, half, d, stride, skip, queries, tiles, weights, from, to, end, fetch);
     }
-    for (; d < stride; d += 16) V(value_columns)(R, 1, half, d, stride, skip, queries, tiles, weights, from, to);
+    for (; d < stride; d += 16) {
+      V(value_columns)(R, 1, half, d, stride, skip, queries, tiles, weights, from, to, end, fetch);
+    }
     from = to;
   }
 }
 
 static TARGET void V(value_group)(int R, int half, int64_t stride, int64_t skip, const attention_query *queries,
-                                  const char *const *tiles, const float *weights, int begin, int end) {
-#define CASE(r, c, h) V(value_range)(r, c, h, stride, skip, queries, tiles, weights, begin, end)
+                                  const char *const *tiles, const float *weights, int begin, int end, int fetch) {
+#define CASE(r, c, h) V(value_range)(r, c, h, stride, skip, queries, tiles, weights, begin, end, fetch)
   switch (R * 2 + (half != 0)) {
-    case 2: CASE(1, 4, 0); break;
-    case 3: CASE(1, 4, 1); break;
-    case 4: CASE(2, 2 * ((VALUE_CHUNKS + 1) / 2), 0); break;
-    case 5: CASE(2, 2 * ((VALUE_CHUNKS + 1) / 2), 1); break;
-    case 6: CASE(3, VALUE_CHUNKS, 0); break;
-    case 7: CASE(3, VALUE_CHUNKS, 1); break;
-    case 8: CASE(4, VALUE_CHUNKS, 0); break;
-    default: CASE(4, VALUE_CHUNKS, 1);
+    case 2: CASE(1, COLUMNS_1, 0); break;
+    case 3: CASE(1, COLUMNS_1, 1); break;
+    case 4: CASE(2, COLUMNS_2, 0); break;
+    case 5: CASE(2, COLUMNS_2, 1); break;
+    case 6: CASE(3, COLUMNS_3, 0); break;
+    case 7: CASE(3, COLUMNS_3, 1); break;
+    case 8: CASE(4, COLUMNS_4, 0); break;
+    default: CASE(4, COLUMNS_4, 1);
   }
 #undef CASE
 }
@@ -164,7 +189,7 @@ INLINE int V(clip)(const attention_query *query, int32_t start, int *begin, int 
 
 /* All of `part` for up to GROUP queries that each see something of the split. */
 static TARGET void V(split_group)(const attention_work *work, attention_query *queries, int R, int32_t start,
-                                  const char *const *tiles) {
+                                  const char *const *tiles, int fetch) {
   const orcd_op *op = work->op;
   const int half = op->cache_dtype == 1;
   const int64_t stride = attention_value_stride(op), skip = (int64_t)TILE * op->head_dim;
@@ -177,19 +202,20 @@ static TARGET void V(split_group)(const attention_work *work, attention_query *q
     to = end[r] < to ? end[r] : to;
     for (int64_t d = 0; d < stride; d += 16) V(store)(queries[r].part.values + d, V(set1)(0.0f));
   }
-  V(score_group)(R, half, op->head_dim, queries, tiles, first / TILE, (last + TILE - 1) / TILE, work->scores);
+  V(score_group)(R, half, op->head_dim, queries, tiles, first / TILE, (last + TILE - 1) / TILE, fetch,
+                 work->scores);
   for (int r = 0; r < R; r++) {
     V(weigh)(work->scores + r * SPLIT, begin[r], end[r], op->f0, &queries[r].part);
   }
   if (from >= to) from = to = last; /* no position that all of them see */
   for (int r = 0; r < R; r++) {
     const int stop = end[r] < from ? end[r] : from;
-    V(value_group)(1, half, stride, skip, &queries[r], tiles, work->scores + r * SPLIT, begin[r], stop);
+    V(value_group)(1, half, stride, skip, &queries[r], tiles, work->scores + r * SPLIT, begin[r], stop, 0);
   }
-  V(value_group)(R, half, stride, skip, queries, tiles, work->scores, from, to);
+  V(value_group)(R, half, stride, skip, queries, tiles, work->scores, from, to, fetch);
   for (int r = 0; r < R; r++) {
     const int resume = begin[r] > to ? begin[r] : to;
-    V(value_group)(1, half, stride, skip, &queries[r], tiles, work->scores + r * SPLIT, resume, end[r]);
+    V(value_group)(1, half, stride, skip, &queries[r], tiles, work->scores + r * SPLIT, resume, end[r], 0);
   }
 }
 
@@ -240,7 +266,7 @@ static TARGET void V(split)(const attention_work *work, int32_t start) {
       work->queries[i++].part.total = 0.0f;
       continue;
     }
-    V(split_group)(work, work->queries + i, R, start, tiles);
+    V(split_group)(work, work->queries + i, R, start, tiles, i == 0);
     i += R;
   }
 }
@@ -270,5 +296,11 @@ static TARGET void V(store_token)(const orcd_op *op, int64_t token, int32_t slot
   }
 }
 
-#undef VALUE_CHUNKS
-#undef SCORE_TILES
+#undef SCORES_1
+#undef SCORES_2
+#undef SCORES_3
+#undef SCORES_4
+#undef COLUMNS_1
+#undef COLUMNS_2
+#undef COLUMNS_3
+#undef COLUMNS_4
