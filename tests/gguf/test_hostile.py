@@ -284,6 +284,98 @@ def test_names_and_keys_occur_once(tmp_path: Path) -> None:
     )
 
 
+def one_key(kind: ValueType, value: bytes, key: bytes = b"k") -> bytes:
+    """A file with nothing else in it."""
+    return header(0, 1) + struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def items(kind: ValueType, count: int, data: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + data
+
+
+def test_names_and_keys_are_not_empty() -> None:
+    assert "metadata key 0 is empty" in message(one_key(ValueType.UINT8, b"\1" * 2, b""))
+    data = one_tensor((1,), 0)
+    assert "a tensor has an empty name" in message(replaced(data, 24, 9, bytes(8)))
+
+
+@pytest.mark.parametrize("byte", [2, 255])
+def test_booleans_are_zero_or_one(byte: int) -> None:
+    stored = bytes([byte])
+    assert f"'k' is a boolean stored as {byte}" in message(one_key(ValueType.BOOL, stored))
+    array = items(ValueType.BOOL, 3, b"\0\1" + stored)
+    assert f"'k' holds a boolean stored as {byte}" in message(one_key(ValueType.ARRAY, array))
+
+
+def test_nesting() -> None:
+    deep = items(ValueType.UINT8, 1, b"\7")
+    for _ in range(types.MAX_NESTING - 1):
+        deep = items(ValueType.ARRAY, 1, deep)
+    data = one_key(ValueType.ARRAY, deep)
+    assert parse(data, len(data), "label").metadata.raw("k") == [[[7]]]
+    assert "'k' nests arrays more than 4 deep" in message(
+        one_key(ValueType.ARRAY, items(ValueType.ARRAY, 1, deep))
+    )
+
+
+def test_counts_are_compared_with_the_bytes_that_are_left() -> None:
+    data = one_key(ValueType.UINT8, b"\1")
+    for count in (2, 2**63, 2**64 - 1):
+        more = replaced(data, 16, 8, struct.pack("<Q", count))
+        assert f"the header announces {count} metadata keys; at most 1 are possible" in message(more)
+    data = one_tensor((1,), 0, size=24 + 33 + 32)
+    for count in (2, 2**63, 2**64 - 1):
+        more = replaced(data, 8, 8, struct.pack("<Q", count))
+        assert f"the header announces {count} tensors; at most 1 are possible" in message(more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "item"),
+    [(ValueType.STRING, string(b"")), (ValueType.UINT64, bytes(8)), (ValueType.BOOL, b"\0")],
+)
+def test_an_array_ends_within_the_file(kind: ValueType, item: bytes) -> None:
+    for count in (3, 2**20):
+        text = message(one_key(ValueType.ARRAY, items(kind, count, item * 2)))
+        assert (
+            f"metadata key 'k' needs {count * len(item)} bytes at byte 49, but only {2 * len(item)} are"
+            in text
+        )
+
+
+@pytest.mark.parametrize("last", [ValueType.STRING, ValueType.ARRAY])
+def test_the_last_string_of_a_file_ends_within_it(last: ValueType) -> None:
+    value = (
+        string(b"abc")
+        if last is ValueType.STRING
+        else items(ValueType.STRING, 2, string(b"a") + string(b"bc"))
+    )
+    data = one_key(last, value)
+    parse(data, len(data), "label")
+    assert "metadata key 'k'" in message(data[:-1])
+
+
+def test_strings_have_a_limit(tmp_path: Path) -> None:
+    long_key = b"k" * (types.MAX_KEY_BYTES + 1)
+    assert "metadata key 0 is 65536 bytes long; at most 65535" in message(
+        one_key(ValueType.UINT8, b"\1", long_key)
+    )
+    data = one_key(ValueType.UINT8, b"\1", long_key[1:])
+    parse(data, len(data), "label")
+    too_long = struct.pack("<Q", types.MAX_STRING_BYTES + 1)
+    path = tmp_path / "long"
+    for value, text in (
+        (one_key(ValueType.STRING, too_long), "'k' is 67108865 bytes long; at most 67108864 are allowed"),
+        (one_key(ValueType.ARRAY, items(ValueType.STRING, 1, too_long)), "'k', string 0, has 67108865 bytes"),
+    ):
+        sparse(path, value, 70 << 20)
+        with pytest.raises(InvalidModelFile, match=text):
+            GGUFFile(path)
+
+
 @pytest.mark.parametrize("raw", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80"])
 def test_text_is_utf8(tmp_path: Path, raw: bytes) -> None:
     good = b"@" * len(raw)

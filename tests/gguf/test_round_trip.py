@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,21 @@ def test_the_real_model_reads_as_the_gguf_package_reads_it(demo_model: Path) -> 
         for tensor in reader.tensors:
             assert file.tensors[tensor.name].offset == tensor.data_offset
             assert np.array_equal(file.data(tensor.name), tensor.data.reshape(-1).view(np.uint8))
+
+
+def test_tensors_are_written_in_bounded_memory(tmp_path: Path) -> None:
+    """A tensor that comes in pieces is never in memory as a whole."""
+    piece, num_pieces = bytes(1 << 20), 64
+    tracemalloc.start()
+    try:
+        with GGUFWriter(tmp_path / "large.gguf") as writer:
+            shape = (num_pieces, len(piece) // 4)
+            writer.add_tensor("t", shape, 0, (piece for _ in range(num_pieces)))
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(piece)
+    finally:
+        tracemalloc.stop()
+    with GGUFFile(tmp_path / "large.gguf") as file:
+        assert file.tensors["t"].nbytes == num_pieces * len(piece)
 
 
 class TestWriterRefuses:
