@@ -19,6 +19,7 @@ from worker_orcd.server import control, execute, tokenize
 from worker_orcd.server.auth import BearerToken
 from worker_orcd.server.context import MAX_TEXT_THREADS, Context
 from worker_orcd.server.edge import Edge, attached, error_response
+from worker_orcd.server.failures import ERROR_RESPONSE
 from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.openai import chat, completions, models
 from worker_orcd.server.status import Status
@@ -46,6 +47,7 @@ def create_app(
         redoc_url=None,
         openapi_url=None if config.api_key is not None else "/openapi.json",
         redirect_slashes=False,
+        responses={"4XX": ERROR_RESPONSE, "5XX": ERROR_RESPONSE},
     )
     app.state.context = Context(
         config=config,

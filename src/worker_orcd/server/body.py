@@ -57,6 +57,11 @@ def describes(model: type[Wire]) -> dict[str, Any]:
     """For `openapi_extra`: the request body as a schema without references."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
+    if not model.null_is_absent:
+        for field in schema["properties"].values():
+            if isinstance(field.get("anyOf"), list):  # X | None: the None only says that it may be absent
+                field["anyOf"] = [kind for kind in field["anyOf"] if kind != {"type": "null"}]
+                field.pop("default", None)
     content = {"application/json": {"schema": _inlined(schema, definitions)}}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -143,7 +148,7 @@ def validate(model: type[M], body: object) -> M:
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=True)
         told = "; ".join(_explain(model, problem) for problem in problems[:_MAX_TOLD])
-        raise InvalidParameter(told, param=_path(problems[0]["loc"])[:_MAX_SHOWN]) from None
+        raise InvalidParameter(told, param=_path(problems[0]["loc"])[:_MAX_SHOWN] or None) from None
 
 
 def _explain(model: type[Wire], problem: ErrorDetails) -> str:

@@ -53,6 +53,27 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|~?/)[^\s'\",:;)]+")
 
 
+# For the OpenAPI document: what both dialects have in common.
+ERROR_RESPONSE: dict[str, Any] = {
+    "description": "what went wrong",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["code", "message"],
+                        "properties": {"code": {"type": "string"}, "message": {"type": "string"}},
+                    }
+                },
+            }
+        }
+    },
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """What a client is told, before a dialect is chosen."""

@@ -163,6 +163,12 @@ class Sampling(Wire):
 class ExecuteRequest(Sampling):
     """POST /execute."""
 
+    model_config = Sampling.model_config | {
+        "json_schema_extra": {
+            "oneOf": [{"required": [name]} for name in ("prompt", "prompt_token_ids", "messages")]
+        }
+    }
+
     job_id: Annotated[str, Field(min_length=1, max_length=128)]
     prompt: Annotated[str | None, Field(min_length=1)] = None
     prompt_token_ids: TokenIds | None = Field(default=None, description="a list of token ids, at least one")
