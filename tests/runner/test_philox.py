@@ -35,6 +35,10 @@ def test_uniform_is_the_first_words_of_seed_and_position():
     )
 
 
+def test_uniform_has_53_bits():
+    assert {int(uniform(1, position) * 2**53) % 2 for position in range(20)} == {0, 1}
+
+
 def test_uniform_is_uniform_over_positions_and_seeds():
     for values in (
         np.array([uniform(123, position) for position in range(4000)]),

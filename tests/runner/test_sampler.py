@@ -213,7 +213,10 @@ def test_the_kept_set_is_that_of_sorting_everything(
     seed: int, size: int, levels: int, top_k: int, top_p: float, min_p: float, temperature: float
 ):
     # Few levels make many ties; zeros of both signs are equal.
-    row = np.random.default_rng(seed).integers(-levels, levels, size).astype(np.float32) * np.float32(-0.25)
+    rng = np.random.default_rng(seed)
+    row = rng.integers(0, levels, size).astype(np.float32) * rng.choice([-0.25, 0.25], size).astype(
+        np.float32
+    )
     order = np.array(sorted(range(size), key=lambda index: (-float(row[index]), index)))
     if 0 < top_k < size:
         order = order[:top_k]
@@ -288,6 +291,18 @@ def test_inversion_at_the_edges():
     assert invert(weights, 1 - 2.0**-53) == 1500
     assert invert(weights * 1e-308, 1 - 2.0**-53) == 1500
     assert invert(np.ones(1), 0.5) == 0
+
+
+def test_inversion_where_two_ways_of_adding_differ():
+    """The sum of a run may exceed its last cumulative weight: the draw stays within the run."""
+    tried = 0
+    for seed in range(200):
+        weights = np.random.default_rng(seed).random(512)
+        if np.add.reduceat(weights, [0])[0] > np.cumsum(weights)[-1]:
+            tried += 1
+            assert invert(weights, 1 - 2.0**-53) == 511
+            assert invert(np.concatenate((weights, np.zeros(9))), 1 - 2.0**-53) == 511
+    assert tried > 10
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3000), st.floats(0, 1, exclude_max=True))
