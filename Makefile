@@ -65,6 +65,8 @@ $(VENV)/.made: scripts/venv.sh
 $(VENV)/.installed: $(VENV)/.made pyproject.toml setup.py requirements/constraints.txt
 	@echo "installing worker-orcd and what it needs (a few minutes the first time)"
 	@$(PIP_INSTALL) --editable .
+	@echo "compiling the CPU kernels"
+	@$(BIN)/worker-orcd doctor
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed requirements/dev.txt

@@ -12,4 +12,4 @@ def main() -> None:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to die
-    build()()
+    build()(prog_name="worker-orcd")

@@ -45,9 +45,7 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="continue PROMPT as it is, without chat template")
     ] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="at most so many tokens an answer", min=1, show_default=False)
-    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="length of an answer, at most", min=1)] = 2048,
     temperature: Annotated[
         float, typer.Option(help="0: always the most likely token", min=0.0, max=2.0)
     ] = 0.7,
@@ -106,7 +104,7 @@ class Chat:
 
     engine: LocalEngine
     sampling: SamplingParams
-    max_tokens: int | None
+    max_tokens: int
     system: str | None
     show_stats: bool
     messages: list[Message] = field(default_factory=list[Message])
@@ -189,7 +187,7 @@ class Chat:
         number = self.engine.submit(
             tuple(prompt),
             self.sampling,
-            max_tokens=min(room, self.max_tokens or room),
+            max_tokens=min(room, self.max_tokens),
             stop_token_ids=loaded.tokenizer.end_of_generation,
         )
         with (

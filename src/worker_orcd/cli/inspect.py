@@ -158,8 +158,10 @@ def _shown(value: Value) -> str:
         start = value[:STRING_CHARACTERS_SHOWN]
         more = f" … ({len(value):,} characters)" if len(value) > len(start) else ""
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in start) + more
-    if isinstance(value, bool | int | float):
-        return str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, float):
+        return f"{value:.7g}"  # most are float32
+    if isinstance(value, bool | int):
+        return str(value).lower()
     size, items = _items(value)
     shown = ", ".join(_shown(item) for item in items)
     return f"[{shown}]" if size == len(items) else f"[{shown}, …] ({size:,} items)"

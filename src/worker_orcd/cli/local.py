@@ -94,9 +94,11 @@ def local_engine(config: WorkerConfig, observer: StepObserver | None = None) -> 
     with progress_bar() as report:
         loaded = worker.load(config, warn=warn, on_progress=report)
     # Two Python threads share the interpreter here; the default switch interval would cost a step 5 ms.
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)
     local = LocalEngine(loaded, worker.start_engine, observer)
     try:
         yield local
     finally:
         local.close()
+        sys.setswitchinterval(interval)

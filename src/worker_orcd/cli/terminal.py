@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ import typer
 from worker_orcd.errors import InvalidConfiguration, WorkerError
 
 Command = TypeVar("Command", bound=Callable[..., None])
+WORTH_TELLING_SECONDS = 1.0  # what takes less needs no line in a log
+
 Progress = Callable[[str, int, int], None]  # what is being done, done, in all
 
 
@@ -46,7 +49,7 @@ def warn_all(messages: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def progress_bar() -> Generator[Progress]:
-    """A bar on stderr if that is a terminal, else a line whenever another quarter is done."""
+    """A bar on stderr if that is a terminal, else a line for each quarter of what takes long."""
     if sys.stderr.isatty():
         with _drawn() as report:
             yield report
@@ -74,11 +77,13 @@ def _drawn() -> Generator[Progress]:
 
 
 def _told_in_quarters() -> Progress:
+    begun: dict[str, float] = {}
     told: dict[str, int] = {}
 
     def report(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
         quarter = 4 * done // total if total else 0
-        if quarter > told.get(stage, -1):
+        if now - begun.setdefault(stage, now) >= WORTH_TELLING_SECONDS and quarter > told.get(stage, -1):
             told[stage] = quarter
             print(f"{stage}: {25 * quarter} %", file=sys.stderr, flush=True)
 
