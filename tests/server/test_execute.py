@@ -357,6 +357,12 @@ async def test_jobs_are_narrated_without_their_text(world, events_of):
     assert "hello world" not in w.log.getvalue()
 
 
+async def test_a_job_id_cannot_write_to_the_terminal(world, events_of):
+    w = world()
+    await run(w, events_of, job_id="a\x1b[2J\n")
+    assert all("\x1b" not in event["sentence"] and "\n" not in event["sentence"] for event in w.narrated())
+
+
 async def test_prompts_and_answers_are_logged_on_request(world, events_of):
     w = world(log_prompts=True)
     await run(w, events_of, prompt="my secret prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -263,6 +264,26 @@ async def test_a_compressed_body_is_refused(world):
     async with world().http() as http:
         response = await http.post("/cancel", json={"job_id": "j"}, headers={"content-encoding": "gzip"})
     assert response.status_code == 415
+
+
+async def test_all_bodies_together_are_bounded(world, eventually):
+    w = world(max_body_bytes=1024)
+    w.app.state.context.bodies.max_bytes = 2500
+    w.engine.go.clear()
+    body = {"job_id": "1", "prompt": "x" * 400, "stop": ["y" * 250] * 2}
+    async with w.http() as http:
+        running = [
+            asyncio.create_task(http.post("/execute", json=body | {"job_id": str(k)})) for k in range(2)
+        ]
+        await eventually(lambda: len(w.engine.submitted) == 2)
+        refused = await http.post("/execute", json=body)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "QUEUE_FULL"
+        assert (await http.get("/health")).status_code == 200
+        w.engine.go.set()
+        await asyncio.gather(*running)
+        assert w.app.state.context.bodies.held_bytes == 0
+        assert (await http.post("/execute", json=body)).status_code == 200
 
 
 async def test_a_body_that_is_too_large_is_refused_while_it_is_read(world):

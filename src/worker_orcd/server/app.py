@@ -17,7 +17,7 @@ from worker_orcd.errors import WorkerError
 from worker_orcd.narration import Narration
 from worker_orcd.server import control, execute, tokenize
 from worker_orcd.server.auth import BearerToken
-from worker_orcd.server.context import MAX_TEXT_THREADS, Context
+from worker_orcd.server.context import MAX_BODIES, MAX_TEXT_THREADS, BodyBudget, Context
 from worker_orcd.server.edge import Edge, attached, error_response
 from worker_orcd.server.failures import ERROR_RESPONSE
 from worker_orcd.server.metrics import Metrics
@@ -55,6 +55,7 @@ def create_app(
         metrics=metrics,
         narration=narration,
         request_shutdown=request_shutdown,
+        bodies=BodyBudget(MAX_BODIES * config.max_body_bytes),
         text_threads=ThreadPoolExecutor(MAX_TEXT_THREADS, thread_name_prefix="text"),
     )
     for module in (execute, control, tokenize, models, completions, chat):

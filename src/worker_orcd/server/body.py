@@ -19,8 +19,9 @@ from pydantic_core import ErrorDetails, from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from worker_orcd.errors import Cancelled, InvalidParameter, PayloadTooLarge
-from worker_orcd.server.context import ContextOf
+from worker_orcd.errors import Cancelled, InvalidParameter, PayloadTooLarge, QueueFull
+from worker_orcd.server.context import Context, ContextOf
+from worker_orcd.server.edge import attached
 
 BODY_SECONDS = 30.0  # for a client to send its body
 _MAX_SHOWN = 80  # characters of a value in a message
@@ -43,9 +44,9 @@ def json_body(model: type[M], *, may_be_rejected_job: bool = False) -> Callable[
 
     async def read(request: Request, context: ContextOf) -> M:
         try:
-            data = await read_bytes(request, max_bytes=context.config.max_body_bytes, seconds=BODY_SECONDS)
+            data = await read_bytes(request, context, seconds=BODY_SECONDS)
             return read_model(model, data)
-        except (InvalidParameter, PayloadTooLarge, HTTPException):
+        except (InvalidParameter, PayloadTooLarge, QueueFull, HTTPException):
             if may_be_rejected_job:
                 context.metrics.request_ended("rejected")
             raise
@@ -77,27 +78,37 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
     return {key: _inlined(value, definitions) for key, value in fields.items()}
 
 
-async def read_bytes(request: Request, *, max_bytes: int, seconds: float) -> bytes:
-    """The whole body. Raises PayloadTooLarge as soon as it is known to be, HTTPException 408, 415."""
+async def read_bytes(request: Request, context: Context, *, seconds: float) -> bytes:
+    """The whole body, counted against the budget of bodies until the request is over.
+
+    Raises PayloadTooLarge and QueueFull as soon as that is known, HTTPException 408 and 415.
+    """
+    max_bytes = context.config.max_body_bytes
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(max_bytes)
-    chunks: list[bytes] = []
-    size = 0
+    data = bytearray()
+    held = 0
+
+    def release() -> None:
+        context.bodies.release(held)
+
+    attached(request).stack.callback(release)
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
+                if held + len(chunk) > max_bytes:
                     raise _too_large(max_bytes)
-                chunks.append(chunk)
+                context.bodies.hold(len(chunk))
+                held += len(chunk)
+                data += chunk
     except ClientDisconnect:
         raise Cancelled("the client closed the connection") from None
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {seconds:g} seconds") from None
-    if size:
+    if data:
         _require_json(request)
-    return b"".join(chunks)
+    return bytes(data)
 
 
 def _too_large(max_bytes: int) -> PayloadTooLarge:

@@ -42,6 +42,7 @@ class Job:
         self.serving = serving
         self.job_id = admission.job_id
         self.correlation_id = correlation_id
+        self._name = admission.job_id if admission.job_id.isprintable() else ascii(admission.job_id)
         self.received_at = time.monotonic()
         self._admission = admission
         self._outcome: Outcome = "cancelled"
@@ -65,7 +66,7 @@ class Job:
         )
         narration.tell(
             events.get(self._outcome, "execute_end"),
-            f"Job {self.job_id} ended: {self._failure or self._outcome}.",
+            f"Job {self._name} ended: {self._failure or self._outcome}.",
             job_id=self.job_id,
             correlation_id=self.correlation_id,
             outcome=self._outcome,
@@ -85,7 +86,7 @@ class Job:
         if not isinstance(error, WorkerError):
             self.context.narration.tell(
                 "error",
-                f"Job {self.job_id} failed in an unexpected way: {type(error).__name__}.",
+                f"Job {self._name} failed in an unexpected way: {type(error).__name__}.",
                 trace=error,
                 job_id=self.job_id,
                 correlation_id=self.correlation_id,
@@ -110,7 +111,7 @@ class Job:
         self.context.metrics.prompt_accepted(self._tokens_in)
         self.context.narration.tell(
             "execute_start",
-            f"Job {self.job_id} starts with {self._tokens_in} prompt tokens.",
+            f"Job {self._name} starts with {self._tokens_in} prompt tokens.",
             job_id=self.job_id,
             correlation_id=self.correlation_id,
             tokens_in=self._tokens_in,
