@@ -104,6 +104,11 @@ class ChatTemplate:
         same = [i for i in ids if i in controls] == [i for i in checked if i in controls]
         return ids if same else checked
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the template's process, where one is running."""
+        return self._process.pid
+
     def close(self) -> None:
         """Ends the template's process."""
         self._process.close()

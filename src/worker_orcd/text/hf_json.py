@@ -83,7 +83,7 @@ def _content(path: Path) -> bytes:
 
 
 def _check_ids(tokenizer: Tokenizer, content: bytes) -> None:
-    """Where ids in the file leave a gap, the library gives added tokens the next free ones, without a word."""
+    """Where ids in the file leave a gap, the library silently gives added tokens the next free ones."""
     document: Json = json.loads(content)
     added: list[Json] = document.get("added_tokens") or []
     for token in added:
