@@ -60,7 +60,8 @@ static inline int64_t attention_tile_bytes(const orcd_op *op) {
 /* The tile of position or slot-in-block `offset` of block `block`. */
 static inline char *attention_tile(const orcd_op *op, int64_t block, int64_t kv_head, int64_t offset) {
   const int64_t tiles = op->block_size / TILE;
-  return (char *)op->cache + ((block * op->num_kv_heads + kv_head) * tiles + offset / TILE) * attention_tile_bytes(op);
+  const int64_t tile = (block * op->num_kv_heads + kv_head) * tiles + offset / TILE;
+  return (char *)op->cache + tile * attention_tile_bytes(op);
 }
 
 #endif

@@ -36,12 +36,15 @@ INLINE void V(score)(int R, int N, int half, int head_dim, const attention_query
     for (int n = 0; n < N; n++) sums[r][n] = V(set1)(0.0f);
   }
   for (int d = 0; d < head_dim; d++) {
+    v16 q[GROUP];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) q[r] = V(set1)(queries[r].q[d]);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       if (ahead && (d % 2 == 0 || !half)) __builtin_prefetch(ahead[n] + (int64_t)d * TILE * (half ? 2 : 4), 0, 2);
       const v16 keys = V(load_cache)(tiles[n], (int64_t)d * TILE, half);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r][n] = V(fma)(V(set1)(queries[r].q[d]), keys, sums[r][n]);
+      for (int r = 0; r < R; r++) sums[r][n] = V(fma)(q[r], keys, sums[r][n]);
     }
   }
 #pragma GCC unroll 8
@@ -61,6 +64,10 @@ INLINE void V(score_range)(int R, int N, int half, int head_dim, const attention
     } else {
       V(score)(R, N, half, head_dim, queries, tiles + tile, NULL, scores + tile * TILE);
     }
+  }
+  if (N > 2 && tile + 2 <= last) {
+    V(score)(R, 2, half, head_dim, queries, tiles + tile, NULL, scores + tile * TILE);
+    tile += 2;
   }
   for (; tile < last; tile++) V(score)(R, 1, half, head_dim, queries, tiles + tile, NULL, scores + tile * TILE);
 }
@@ -131,13 +138,14 @@ INLINE void V(value_columns)(int R, int C, int half, int64_t d, int64_t stride, 
           __builtin_prefetch(ahead + (row + c * 16) * (half ? 2 : 4), 0, 2);
         }
       }
+      v16 weight[GROUP];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) weight[r] = V(set1)(weights[r * SPLIT + position]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) {
         const v16 values = V(load_cache)(tiles[tile], row + c * 16, half);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          sums[r][c] = V(fma)(V(set1)(weights[r * SPLIT + position]), values, sums[r][c]);
-        }
+        for (int r = 0; r < R; r++) sums[r][c] = V(fma)(weight[r], values, sums[r][c]);
       }
     }
   }
