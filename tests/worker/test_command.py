@@ -1,0 +1,194 @@
+"""The worker as its user meets it: a process of its own, started by the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from worker_bench import tiny_file
+
+import worker_orcd
+
+pytestmark = pytest.mark.slow
+SECONDS = 120.0  # more than a start takes on a busy machine
+
+
+class Process:
+    """`worker-orcd serve` and what it narrates."""
+
+    def __init__(self, *options: str) -> None:
+        command = [sys.executable, "-m", "worker_orcd", "serve", "--narration", "json", *options]
+        source = str(Path(worker_orcd.__file__).parents[1])
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": source},
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            self.lines.extend(iter(stderr.readline, ""))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        told = (json.loads(line) for line in list(self.lines))
+        return [event for event in told if event["event"] == name]
+
+    def until(self, name: str) -> dict[str, Any]:
+        deadline = time.monotonic() + SECONDS
+        while not self.events(name):
+            assert self.process.poll() is None and time.monotonic() < deadline, "".join(self.lines)
+            time.sleep(0.02)
+        return self.events(name)[0]
+
+    def get(self, path: str) -> dict[str, Any]:
+        connection = http.client.HTTPConnection(urlsplit(self.until("startup")["uri"]).netloc, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            return json.loads(connection.getresponse().read())
+
+    def execute(self, **body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, data) of each event of a job."""
+        connection = http.client.HTTPConnection(urlsplit(self.until("ready")["uri"]).netloc, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("POST", "/execute", json.dumps(body), {"content-type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            name = ""
+            for line in response:
+                if line.startswith(b"event: "):
+                    name = line[7:].decode().strip()
+                elif line.startswith(b"data: "):
+                    yield name, json.loads(line[6:])
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def exit_code(self) -> int:
+        code = self.process.wait(SECONDS)
+        self._reader.join()
+        return code
+
+
+@contextlib.contextmanager
+def process(*options: str) -> Iterator[Process]:
+    started = Process(*options)
+    try:
+        yield started
+    finally:
+        started.process.kill()
+        started.exit_code()
+
+
+@contextlib.contextmanager
+def manager() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Who is called back: the URL, and what arrived. The first call is turned away."""
+    calls: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            calls.append(body | {"authorization": self.headers["authorization"]})
+            self.send_response(503 if len(calls) == 1 else 204)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/ready", calls
+        server.shutdown()
+        thread.join()
+
+
+def free_port() -> str:
+    with http.client.socket.create_server(("127.0.0.1", 0)) as probe:  # type: ignore[attr-defined]
+        return str(probe.getsockname()[1])
+
+
+def test_the_real_model_from_start_to_stop(demo_model: Path, tmp_path: Path):
+    token = tmp_path / "token"
+    token.write_text("t0ken\n")
+    secret = "Zebras at the Überlingen aquarium"
+    with manager() as (url, calls):
+        options = ["--model", str(demo_model), "--port", free_port(), "--shutdown-grace-seconds", "60"]
+        with process(*options, "--callback-url", url, "--callback-token-file", str(token)) as worker:
+            uri = worker.until("startup")["uri"]
+            health = worker.get("/health")
+            assert (health["status"], health["state"]) == ("loading", "starting")
+            worker.until("ready")
+            while len(calls) < 2:
+                time.sleep(0.02)
+            call = calls[-1]
+            assert call["authorization"] == "Bearer t0ken" and call["uri"] == uri
+            assert call["worker_id"] == worker.get("/health")["worker_id"]
+            assert call["model_ref"] == demo_model.name and call["worker_type"] == "gguf-cpu"
+            assert call["memory_bytes"] > 90e6 and call["memory_architecture"] == "host-memory"
+            assert "execute" in call["capabilities"]
+
+            events = worker.execute(
+                job_id="j1",
+                messages=[{"role": "user", "content": f"Write a long story about {secret}."}],
+                max_tokens=150,
+                ignore_eos=True,
+                temperature=0,
+            )
+            told = [next(events), next(events)]
+            worker.signal(signal.SIGTERM)
+            told += events
+            assert [name for name, _ in told if name != "metrics"] == ["started", *["token"] * 150, "end"]
+            assert worker.exit_code() == 0
+    log = "".join(worker.lines)
+    assert "Zebras" not in log and "aquarium" not in log and "t0ken" not in log
+    assert "Traceback" not in log
+    assert worker.events("execute_start")[0]["prompt_sha256"]
+
+
+def test_a_bad_file_is_one_sentence_and_exit_1(tmp_path: Path):
+    file = tiny_file()
+    del file.tensors["blk.0.attn_k.weight"]
+    with process("--model", str(file.write(tmp_path / "bad.gguf")), "--port", free_port()) as worker:
+        assert worker.exit_code() == 1
+    [error] = worker.events("error")
+    assert error["code"] == "MODEL_LOAD_FAILED" and "blk.0.attn_k.weight" in error["sentence"]
+    assert "Traceback" not in "".join(worker.lines)
+
+
+def test_a_second_signal_ends_it_at_once(tiny_model: Path):
+    options = ["--model", str(tiny_model), "--kv-cache-size-mb", "4", "--port", free_port()]
+    with process(*options, "--shutdown-grace-seconds", "60") as worker:
+        worker.until("ready")
+        jobs = [
+            worker.execute(job_id=f"j{i}", prompt="ab", max_tokens=500, ignore_eos=True) for i in range(8)
+        ]
+        for job in jobs:
+            next(job)
+        worker.signal(signal.SIGSTOP)  # so that both signals are there before any job can finish
+        worker.signal(signal.SIGTERM)
+        worker.signal(signal.SIGINT)
+        started = time.monotonic()
+        worker.signal(signal.SIGCONT)
+        assert worker.exit_code() in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        assert time.monotonic() - started < 5
+        for job in jobs:
+            job.close()
