@@ -171,6 +171,15 @@ def test_decoding_alone_and_among_others_is_prefill(threads, make_native):
     np.testing.assert_array_equal(many, want)
 
 
+def test_as_many_tokens_as_rows_need_not_be_one_each(make_native):
+    context = Context(6, 2, 32, 40)
+    attention = Attention(make_native(2), context)
+    blocks = context.blocks()
+    want = attention.last(4, 64, blocks)
+    got = attention.step([(36, 2, blocks), (38, 0, blocks), (38, 2, blocks), (40, 0, blocks)])
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("kv", ["float32", "float16"])
 @pytest.mark.parametrize("context", [SHAPES[0], SHAPES[4], SHAPES[7], LONG[1]], ids=str)
 def test_what_unused_slots_hold_never_leaks(context, kv, make_native, isas, library):

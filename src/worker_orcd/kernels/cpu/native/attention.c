@@ -14,7 +14,7 @@
 #define KERNELS "attention_kernels.h"
 #include "each_isa.h"
 
-enum { STORE_TOKENS = 16, ITEMS_PER_THREAD = 4 };
+enum { STORE_TOKENS = 16, ITEMS_PER_THREAD = 4, MOST_PARTS_BYTES = 32 << 20 };
 
 /* Some tokens of a row. */
 typedef struct {
@@ -23,7 +23,7 @@ typedef struct {
   int64_t part;                 /* number of the first of its parts: one a split, counted over all items */
 } item;
 
-/* How many tokens an item has: task->p0. Whether splits are items: task->p1. */
+/* task->p0: how many tokens an item has; p1: whether splits are items; p2: whether every row is one token. */
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -135,7 +135,7 @@ static void run_attention(const orcd_task *task, int64_t chunk, int thread) {
   const int64_t number = chunk / op->num_kv_heads; /* of the item, or of the part */
   item it = {0};
   int64_t index = -1;
-  if (task->batch->num_tokens == task->batch->num_rows && !task->p1) { /* one token a row: no need to search */
+  if (task->p2 && !task->p1) { /* no need to search */
     it = (item){.row = number, .first = number, .last = number + 1};
     find_splits(op, task->batch, &it);
   } else {
@@ -187,24 +187,33 @@ static int valid(const orcd_op *op) {
          op->block_size % TILE == 0 && (op->cache_dtype == 0 || op->cache_dtype == 1);
 }
 
+static int one_token_a_row(const orcd_batch *batch) {
+  if (batch->num_tokens != batch->num_rows) return 0;
+  for (int64_t row = 0; row <= batch->num_rows; row++) {
+    if (batch->query_start[row] != row) return 0;
+  }
+  return 1;
+}
+
 int orcd_plan_attention(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
   if (!valid(op) || !op->out || op->num_heads <= 0 || op->num_heads % op->num_kv_heads) return -EINVAL;
   orcd_task task = {.op = op, .batch = batch, .run = run_attention};
-  task.p0 = larger(1, TASK_QUERIES / group_size(op));
-  if (batch->num_tokens == batch->num_rows) task.p0 = 1;
+  task.p2 = one_token_a_row(batch);
+  task.p0 = task.p2 ? 1 : larger(1, TASK_QUERIES / group_size(op));
   const int threads = orcd_num_threads();
-  int64_t items = 0, parts = 0;
+  int64_t items = 0;
   item it = {0};
   while (next_item(op, batch, task.p0, &it)) items++;
-  parts = it.part;
+  const int64_t parts = it.part;
+  const int64_t parts_bytes = parts * task.p0 * op->num_heads * state_floats(op) * (int64_t)sizeof(float);
   for (int thread = 0; thread < threads; thread++) {
     if (!orcd_thread_scratch(thread, (size_t)scratch_bytes(op, task.p0))) return -ENOMEM;
   }
-  task.p1 = threads > 1 && parts > items && items * op->num_kv_heads < ITEMS_PER_THREAD * threads;
+  task.p1 = threads > 1 && parts > items && items * op->num_kv_heads < ITEMS_PER_THREAD * threads &&
+            parts_bytes <= MOST_PARTS_BYTES;
   task.num_chunks = (task.p1 ? parts : items) * op->num_kv_heads;
   if (task.p1) {
-    const int64_t floats = parts * task.p0 * op->num_heads * state_floats(op);
-    task.scratch = orcd_shared_scratch((size_t)floats * sizeof(float));
+    task.scratch = orcd_shared_scratch((size_t)parts_bytes);
     if (!task.scratch) return -ENOMEM;
     tasks[1] = task;
     tasks[1].run = run_merge;
