@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from worker_orcd.cli.options import ConfigFile, with_settings
 from worker_orcd.cli.settings import load_config
-from worker_orcd.cli.terminal import warn_all
+from worker_orcd.cli.terminal import progress_bar, warn_all
 
 
 @with_settings(["model", "device", "engine", "server", "callback"])
@@ -34,4 +35,5 @@ def serve(
     warn_all(warnings)
     from worker_orcd import worker  # after the settings are known to be good: it takes a second
 
-    raise typer.Exit(worker.serve(settings))
+    pretty = settings.server.narration != "json" and sys.stderr.isatty()
+    raise typer.Exit(worker.serve(settings, drawing=progress_bar if pretty else None))

@@ -141,7 +141,7 @@ class Worker:
         self._narration.tell("startup", f"worker-orcd {VERSION} listens on {uri}.", version=VERSION, uri=uri)
         server = _Server(self.http_config)
         http = loop.create_task(server.serve([self._listener]), name="http")
-        http.add_done_callback(lambda _task: self._end(1, "The HTTP server has stopped"))
+        http.add_done_callback(self._unserved)
         start = loop.create_task(self._start(uri), name="start")
         code = await self._ended
         await self._drain()
@@ -158,6 +158,8 @@ class Worker:
         """Load, open for jobs, announce. Whatever goes wrong ends the worker."""
         try:
             self._loaded = loaded = await self._load()
+            if self._ended is None or self._ended.done():  # told to stop meanwhile
+                return
             self._open(loaded, uri)
             await announce(
                 self._config.callback, self._token, self._announcement(loaded, uri), self._narration
@@ -257,15 +259,16 @@ class Worker:
         )
 
     def _tell_loaded(self, loaded: LoadedModel) -> None:
+        pretty = self._narration.is_pretty
         self._narration.learn(device=loaded.backend.name)
         self._narration.tell(
             "model_load_complete",
             f"{loaded.model_id} ({loaded.config.architecture}, {loaded.quant_kind}) is loaded on"
             f" {loaded.backend.name}: {loaded.backend.description}.",
             seconds=round(loaded.timings.total, 3),
-            memory_plan={what: num_bytes for what, num_bytes, _remark in loaded.plan.rows()},
+            memory_plan=None if pretty else {what: size for what, size, _remark in loaded.plan.rows()},
         )
-        if self._narration.is_pretty:
+        if pretty:
             for what, num_bytes, remark in loaded.plan.rows():
                 print(f"  {what:<12}{num_bytes / 2**20:>12,.1f} MiB  {remark}", file=sys.stderr)
 
@@ -308,6 +311,12 @@ class Worker:
         if self._client is not None:
             self._client.fail(error)
         self._end(1, "The engine has failed")
+
+    def _unserved(self, http: asyncio.Task[None]) -> None:
+        """The HTTP server has ended; that is a failure unless it was asked to."""
+        if not http.cancelled() and (error := http.exception()) is not None:
+            self._narration.tell("error", "The HTTP server has failed.", trace=error)
+        self._end(1, "The HTTP server has stopped")
 
     async def _drain(self) -> None:
         self._status.begin_drain()
