@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import MODELS, Tiny, TinyFile
 
 from gguf import GGMLQuantizationType as GGMLType
@@ -159,3 +163,53 @@ def test_qwen_refuses_a_sliding_window(tmp_path: Path):
     tiny = replace(MODELS["qwen2"], metadata={"qwen2.attention.sliding_window": 64})
     with pytest.raises(UnsupportedArchitecture, match=r"qwen2\.attention\.sliding_window is 64"):
         configured(tiny, tmp_path)
+
+
+VALUES = st.one_of(
+    st.integers(-(2**63), 2**64 - 1),
+    st.sampled_from([0, 1, 2, 3, 2**31, 2**32, 2**63 - 1]),
+    st.floats(width=32),
+    st.text(max_size=5),
+    st.booleans(),
+    st.just(np.array([6, 2], dtype=np.int32)),
+    st.just(["a"]),
+    st.none(),
+)
+
+
+FILES = {name: TinyFile(tiny) for name, tiny in MODELS.items()}
+
+
+@pytest.mark.slow
+@given(name=st.sampled_from(sorted(MODELS)), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_metadata_gives_a_configuration_or_a_load_error(name: str, data: st.DataObject):
+    file = FILES[name]
+    keys = sorted(file.metadata()) + [
+        f"{file.tiny.architecture}.{key}"
+        for key in (
+            "rope.dimension_count",
+            "rope.scaling.type",
+            "rope.scaling.factor",
+            "rope.scale_linear",
+            "attention.key_length",
+            "attention.value_length",
+            "attention.sliding_window",
+            "expert_count",
+        )
+    ]
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), VALUES, min_size=1, max_size=3))
+    changed = copy.copy(file)
+    changed.tiny = replace(file.tiny, metadata=changes)
+    with tempfile.TemporaryDirectory() as directory:
+        path = changed.write(Path(directory) / "tiny.gguf")
+        try:
+            with GGUFFile(path) as opened:
+                config = configure(opened)
+        except LoadError as error:
+            assert len(str(error)) < 500
+            return
+    for layer in config.layers:
+        assert 0 < layer.attention.num_kv_heads <= layer.attention.num_heads
+        assert np.isfinite(layer.rope.inv_freq).all()
+        assert layer.rope.rotary_dim == 2 * len(layer.rope.inv_freq) <= layer.attention.head_dim

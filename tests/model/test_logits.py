@@ -71,6 +71,16 @@ def test_rows_of_a_batch_do_not_change_each_other(backend: Backend, tmp_path: Pa
     assert np.array_equal(together, np.concatenate(alone))
 
 
+def test_a_step_that_wants_no_logits_still_fills_the_cache(backend: Backend, tmp_path: Path):
+    path = TinyFile(MODELS["qwen2"]).write(tmp_path / "tiny.gguf")
+    runner = load_runner(path, backend, ENGINE)
+    whole = runner.logits(Step((started(PROMPT[:30], 0),)))
+    row = started(PROMPT[:30], 4)
+    assert runner.launch(Step((Row(row.sequence, 21),))).wait() == [None]
+    row.sequence.num_computed_tokens = 21
+    assert np.array_equal(runner.logits(Step((Row(row.sequence, 9),))), whole[21:])
+
+
 def started(token_ids: list[int], first_block: int) -> Row:
     sequence = Sequence(
         id=first_block,

@@ -65,7 +65,7 @@ class Tiny:
 
 
 MODELS = {
-    "llama": Tiny(architecture="llama", tied=True),
+    "llama": Tiny(architecture="llama", tied=True, eps=0.03),  # an epsilon that shows
     "llama-bias": Tiny(architecture="llama", qkv_bias=True),
     "llama3": Tiny(architecture="llama", rope_base=500000.0, rope_llama3=True),
     "llama-linear": Tiny(architecture="llama", rope_linear=4.0),
@@ -115,7 +115,7 @@ class TinyFile:
 
     def write(self, path: Path) -> Path:
         with GGUFWriter(path) as writer:
-            for key, value in (self._metadata() | self.tiny.metadata).items():
+            for key, value in (self.metadata() | self.tiny.metadata).items():
                 if value is not None:
                     writer.add(key, value)
             for name, (values, kind) in self.tensors.items():
@@ -123,7 +123,7 @@ class TinyFile:
                 writer.add_tensor(name, values.shape, int(kind), np.ascontiguousarray(data).view(np.uint8))
         return path
 
-    def _metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         tiny, prefix = self.tiny, self.tiny.architecture
         values: dict[str, Any] = {
             "general.architecture": prefix,

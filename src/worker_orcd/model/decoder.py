@@ -2,7 +2,7 @@
 The decoder-only transformer: pre-norm blocks of attention and SwiGLU, as one function from a batch to logits.
 
 Nothing here looks inside a tensor, so the same lines run eagerly, are traced into a program, or captured in a
-graph. Logits are computed for `inputs.logit_tokens` only: the last norm and the output matrix see those rows.
+graph. Logits are computed for `inputs.logit_tokens` only: what follows the last attention sees those rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class Decoder:
         x = backend.embed(inputs.token_ids, weights.embedding)  # (num_tokens, dim)
         for layer, layer_weights, cache in zip(config.layers, weights.layers, caches, strict=True):
             x = backend.add(x, self._attention(x, inputs, cache, layer, layer_weights))
+            if layer_weights is weights.layers[-1]:  # from here on tokens do not see each other
+                x = backend.take(x, inputs.logit_tokens)  # (num_logits, dim)
             x = backend.add(x, self._ffn(x, layer, layer_weights))
-        x = backend.take(x, inputs.logit_tokens)  # (num_logits, dim)
         x = backend.rms_norm(x, weights.output_norm, config.norm_eps)
         return backend.linear(x, weights.output)
 
