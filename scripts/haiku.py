@@ -178,7 +178,9 @@ def _execute(port: int) -> Iterator[tuple[str, dict[str, Any]]]:
         "job_id": f"haiku-{os.getpid()}",
         "messages": [{"role": "user", "content": PROMPT}],
         "max_tokens": 80,
-        "temperature": 0.0,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "seed": 1,  # the same answer every time: that is what the worker promises
     }
     connection = http.client.HTTPConnection(HOST, port, timeout=300)
     connection.request("POST", "/execute", json.dumps(job), {"Content-Type": "application/json"})

@@ -1,0 +1,96 @@
+"""`doctor` and the facts about the machine that it and `bench` report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker_orcd.cli import doctor, machine
+
+
+def test_this_machine_can_serve(invoke: Any) -> None:
+    outcome = invoke("doctor")
+    assert outcome.status == 0
+    for what in ("versions", "CPU", "cores", "memory", "C compiler", "CPU kernels", "GPU", "cache"):
+        assert what in outcome.out
+
+
+def test_json_has_every_finding(invoke: Any) -> None:
+    findings = json.loads(invoke("doctor", "--json").out)
+    assert {finding["verdict"] for finding in findings} <= {"ok", "note"}
+    assert all(finding["advice"] for finding in findings if finding["verdict"] == "note")
+
+
+def test_what_is_missing_comes_with_advice(
+    invoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(machine, "LIBRARIES", ("torch", "no-such-library"))
+    found = {finding.what: finding for finding in doctor.examine(tmp_path)}
+    assert found["versions"].verdict == "bad"
+    assert found["versions"].advice == "install no-such-library"
+    assert found["C compiler"].verdict == "note"
+    assert "install gcc" in found["C compiler"].advice
+    assert found["CPU kernels"].verdict == "note"
+    assert "reference backend" in found["CPU kernels"].advice
+    assert found["cache"].verdict == "note"
+    assert "XDG_CACHE_HOME" in found["cache"].advice
+    assert invoke("doctor").status == 1
+
+
+def test_a_gpu_is_seen_and_said_not_to_be_used(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").write_text("")
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text("NVRM version: 570.1\nGCC version: 12\n")
+    gpu = {finding.what: finding for finding in doctor.examine(tmp_path)}["GPU"]
+    assert gpu.found == "nvidia0; NVRM version: 570.1"
+    assert "no GPU backend" in gpu.advice
+
+
+CPUINFO = """\
+processor : 0
+model name : Example 9000
+flags : fpu avx2 fma f16c avx512f
+
+processor : 1
+model name : Other
+"""
+
+
+@pytest.fixture
+def fake_root(tmp_path: Path) -> Path:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/cpuinfo").write_text(CPUINFO)
+    return tmp_path
+
+
+def test_the_processor_is_described(fake_root: Path) -> None:
+    here = machine.describe(fake_root)
+    assert here.cpu == "Example 9000"
+    assert here.instruction_sets == ("avx2", "fma", "f16c", "avx512f")
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "expected"),
+    [("50000 100000", "max 100000", 0.5), ("max 100000", "25000 100000", 0.25), ("max 1", "max 1", None)],
+)
+def test_the_tightest_quota_counts(fake_root: Path, inner: str, outer: str, expected: float | None) -> None:
+    group = fake_root / "sys/fs/cgroup/a/b"
+    group.mkdir(parents=True)
+    (fake_root / "proc/self/cgroup").write_text("0::/a/b\n")
+    (group / "cpu.max").write_text(inner)
+    (group.parent / "cpu.max").write_text(outer)
+    cores = len(os.sched_getaffinity(0))
+    assert machine.usable_cores(fake_root) == (cores if expected is None else expected)
+
+
+def test_a_machine_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
+    assert machine.describe(tmp_path).instruction_sets == ()
+    assert machine.usable_cores(tmp_path) == len(os.sched_getaffinity(0))
