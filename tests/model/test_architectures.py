@@ -56,6 +56,8 @@ def test_rope_frequencies(tmp_path: Path):
     scaling = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}
     off = configured(replace(MODELS["llama"], metadata=scaling), tmp_path).layers[0].rope
     assert off.inv_freq == plain.inv_freq
+    louder = configured(replace(MODELS["llama"], metadata={"llama.rope.scaling.attn_factor": 1.5}), tmp_path)
+    assert louder.layers[0].rope == replace(plain, attention_factor=1.5)
     old = configured(replace(MODELS["llama"], metadata={"llama.rope.scale_linear": 4.0}), tmp_path)
     assert old.layers[0].rope.inv_freq == linear.inv_freq
 
@@ -99,6 +101,8 @@ def test_rope_frequencies(tmp_path: Path):
         ("llama.rope.dimension_count", 32, InvalidModelFile, r"dimension_count.*32"),
         ("llama.rope.freq_base", 0.0, InvalidModelFile, r"rope\.freq_base"),
         ("llama.rope.scaling.type", "yarn", UnsupportedArchitecture, r"scaling\.type is 'yarn'"),
+        ("llama.rope.scaling.attn_factor", 0.0, InvalidModelFile, r"attn_factor"),
+        ("llama.attention.causal", False, UnsupportedArchitecture, r"attention\.causal is false"),
         ("llama.expert_count", 8, UnsupportedArchitecture, r"llama\.expert_count is 8"),
         ("tokenizer.ggml.tokens", ["a", "b"], InvalidModelFile, r"token_embd.* 320 rows; expected 2"),
         ("llama.attention.head_count", "6", InvalidModelFile, r"head_count"),

@@ -72,7 +72,7 @@ def read_hyperparameters(file: GGUFFile, *, may_slide: bool = False) -> Hyperpar
     """
     metadata = file.metadata
     architecture = metadata.string("general.architecture")
-    _refuse_experts(file, architecture)
+    _refuse_what_is_not_computed(file, architecture)
     dim = metadata.integer(f"{architecture}.embedding_length", low=1, high=_MAX_WIDTH)
     num_heads, num_kv_heads, head_dim = _heads(file, architecture, dim)
     context_length = metadata.integer(f"{architecture}.context_length", low=1, high=_MAX_CONTEXT)
@@ -102,7 +102,11 @@ def read_hyperparameters(file: GGUFFile, *, may_slide: bool = False) -> Hyperpar
     )
 
 
-def _refuse_experts(file: GGUFFile, architecture: str) -> None:
+def _refuse_what_is_not_computed(file: GGUFFile, architecture: str) -> None:
+    if not file.metadata.boolean(f"{architecture}.attention.causal", default=True):
+        raise UnsupportedArchitecture(
+            f"{architecture}.attention.causal is false: a model that embeds texts cannot continue them"
+        )
     key = f"{architecture}.expert_count"
     if num_experts := file.metadata.optional_integer(key):
         raise UnsupportedArchitecture(
@@ -168,7 +172,10 @@ def _rope(file: GGUFFile, architecture: str, head_dim: int) -> RopeParams:
     inv_freq = base**-exponents / _linear_factor(file, prefix)  # (rotary_dim // 2,)
     if ROPE_FACTORS in file.tensors:
         inv_freq = inv_freq / _rope_factors(file, rotary_dim // 2)
-    return RopeParams(rotary_dim=rotary_dim, inv_freq=tuple(inv_freq.tolist()))
+    attention_factor = metadata.number(f"{prefix}.scaling.attn_factor", low=1e-3, high=1e3, default=1.0)
+    return RopeParams(
+        rotary_dim=rotary_dim, inv_freq=tuple(inv_freq.tolist()), attention_factor=attention_factor
+    )
 
 
 def _linear_factor(file: GGUFFile, prefix: str) -> float:
