@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +76,5 @@ def test_the_processor_is_described(fake_root: Path) -> None:
     assert here.instruction_sets == ("avx2", "fma", "f16c", "avx512f")
 
 
-@pytest.mark.parametrize(
-    ("inner", "outer", "expected"),
-    [("50000 100000", "max 100000", 0.5), ("max 100000", "25000 100000", 0.25), ("max 1", "max 1", None)],
-)
-def test_the_tightest_quota_counts(fake_root: Path, inner: str, outer: str, expected: float | None) -> None:
-    group = fake_root / "sys/fs/cgroup/a/b"
-    group.mkdir(parents=True)
-    (fake_root / "proc/self/cgroup").write_text("0::/a/b\n")
-    (group / "cpu.max").write_text(inner)
-    (group.parent / "cpu.max").write_text(outer)
-    cores = len(os.sched_getaffinity(0))
-    assert machine.usable_cores(fake_root) == (cores if expected is None else expected)
-
-
 def test_a_machine_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
     assert machine.describe(tmp_path).instruction_sets == ()
-    assert machine.usable_cores(tmp_path) == len(os.sched_getaffinity(0))

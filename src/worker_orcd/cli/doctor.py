@@ -86,9 +86,10 @@ def _cpu(here: machine.Machine) -> Finding:
 
 
 def _cores(here: machine.Machine) -> Finding:
-    text = f"{here.usable_cores:g} of {here.cores} usable, load average {machine.load_average()[0]}"
-    if here.usable_cores < 1:
-        return Finding("cores", "note", text, "a quota below one core makes every answer stutter")
+    load = machine.load_average()[0]
+    text = f"{here.usable_cores} of {here.cores} usable, load average {load}"
+    if load > here.usable_cores:
+        return Finding("cores", "note", text, "other work is running: answers will be slower")
     return Finding("cores", "ok", text)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from worker_orcd.kernels.cpu.cores import usable_cores
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
 
 LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2", "fastapi", "starlette", "uvicorn", "pydantic")
@@ -26,7 +27,7 @@ class Machine:
     architecture: str
     instruction_sets: tuple[str, ...]
     cores: int  # of the machine
-    usable_cores: float  # that this process may use
+    usable_cores: int  # that the kernels will use
     memory_bytes: int
     system: str
 
@@ -40,18 +41,10 @@ def describe(root: Path = _ROOT) -> Machine:
         architecture=platform.machine(),
         instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
         cores=os.cpu_count() or 1,
-        usable_cores=usable_cores(root),
+        usable_cores=usable_cores(),
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.release()}",
     )
-
-
-def usable_cores(root: Path = _ROOT) -> float:
-    """Cores that this process may run on at a time: its affinity, and its control groups' quota."""
-    cores = float(len(os.sched_getaffinity(0)))
-    for quota in _quotas(root):
-        cores = min(cores, quota)
-    return cores
 
 
 def load_average() -> list[float]:
@@ -78,27 +71,3 @@ def _cpu_fields(root: Path) -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _quotas(root: Path) -> list[float]:
-    """In cores, of every control group (v2) above this process that it can see."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    mount = root / "sys/fs/cgroup"
-    quotas: list[float] = []
-    for line in lines:
-        _number, controllers, path = line.split(":", 2)
-        if controllers:  # version 1
-            continue
-        group = mount / path.strip("/")
-        for directory in (group, *group.parents):
-            if directory == mount.parent:
-                break
-            try:
-                quota, period = (directory / "cpu.max").read_text().split()
-                quotas.append(int(quota) / int(period))
-            except (OSError, ValueError):  # no such file, or "max"
-                continue
-    return quotas
