@@ -12,6 +12,7 @@
 #define CHUNK_BYTES (96 << 10)      /* of weights: long enough to hide a claim, short enough to share out evenly */
 #define CHUNKS_PER_THREAD 4         /* at least, so that a slow thread can be helped */
 #define TOKEN_BLOCK_BYTES (256 << 10) /* of quantised activations: they stay in the second-level cache */
+#define QUANTIZE_CHUNK_FLOATS 8192
 #define FLOAT_TOKEN_BLOCK 64
 #define SELF_QUANTIZED_LANES 2      /* up to so many lanes every thread quantises for itself */
 #define MAX_THREADS 256
@@ -44,43 +45,62 @@ static int lanes_of_tile(int64_t first, int64_t all, int max_lanes) {
 
 static int log2_of(int lanes) { return lanes >= 8 ? 3 : lanes / 2; }
 
+/* Blocks of one lane lie `lanes` lanes apart; all of its numbers become zero. */
+static void clear_lane(uint8_t *tile, int64_t blocks, int lanes, int lane) {
+  for (int64_t b = 0; b < blocks; b++, tile += LANE_BLOCK_BYTES * lanes) {
+    memset(tile + 32 * lane, 0, 32);
+    memset(tile + 32 * lanes + 4 * lane, 0, 4);
+    memset(tile + 36 * lanes + 4 * lane, 0, 4);
+    memset(tile + 40 * lanes + 8 * lane, 0, 8);
+  }
+}
+
 static orcd_correction correction_for(int32_t format, const orcd_kernels *kernels) {
   const int32_t offset = orcd_find_format(format)->offset;
   const int split = format == Q2_K || format == Q3_K || format == Q6_K;
   return (orcd_correction){format == Q2_K ? 1 : -offset, split, kernels->pairs};
 }
 
-/* Tile `tile` of the activations, in place in `scratch`. */
-static void quantize_tile(const orcd_task *task, uint8_t *scratch, int64_t tile) {
+/* Quantise tokens [token0, token1) into their lanes; the last token's caller also clears the lanes that pad a tile. */
+static void quantize_tokens(const orcd_task *task, uint8_t *scratch, int64_t token0, int64_t token1) {
   const orcd_op *op = task->op;
   const orcd_kernels *kernels = orcd_kernels_in_use();
   const orcd_correction correction = correction_for(op->format, kernels);
-  const int planes = planes_of(op);
-  const int64_t blocks = op->k / 32, all = task->p0 * planes, first = tile * kernels->max_lanes;
-  const int lanes = lanes_of_tile(first, all, kernels->max_lanes);
-  uint8_t *out = scratch + first * blocks * LANE_BLOCK_BYTES;
-  if (all - first < lanes) memset(out, 0, (size_t)(lanes * blocks * LANE_BLOCK_BYTES));
-  for (int lane = 0; lane < lanes && first + lane < all; lane += planes)
-    kernels->quantize(op->x + (first + lane) / planes * op->ldx, blocks, out, lanes, lane, planes, &correction);
+  const int planes = planes_of(op), max_lanes = kernels->max_lanes;
+  const int64_t blocks = op->k / 32, all = task->p0 * planes;
+  for (int64_t token = token0; token < token1; token++) {
+    const int64_t first = token * planes / max_lanes * max_lanes;
+    const int lanes = lanes_of_tile(first, all, max_lanes), lane = (int)(token * planes - first);
+    uint8_t *tile = scratch + first * blocks * LANE_BLOCK_BYTES;
+    kernels->quantize(op->x + token * op->ldx, blocks, tile, lanes, lane, planes, &correction);
+    if (token == task->p0 - 1)
+      for (int pad = lane + planes; pad < lanes; pad++) clear_lane(tile, blocks, lanes, pad);
+  }
 }
 
 static void run_quantize(const orcd_task *task, int64_t chunk, int thread) {
   (void)thread;
-  quantize_tile(task, task->scratch, chunk);
+  const int64_t token0 = chunk * task->p1;
+  quantize_tokens(task, task->scratch, token0, smaller(task->p0, token0 + task->p1));
 }
 
 /* Results [lane][16] of a tile to the rows of `out` that exist, with planes and bias added. */
-static void store_panel(const orcd_op *op, int64_t panel, int64_t token, int64_t tokens, const float *results) {
-  const int planes = planes_of(op);
-  const int rows = (int)smaller(16, op->n - 16 * panel);
+static void store_panel(const orcd_op *op, int planes, int64_t panel, int64_t token, int64_t tokens, const float *results) {
+  const size_t rows = (size_t)smaller(16, op->n - 16 * panel);
+  float bias[16] = {0};
+  if (op->vector != NULL) memcpy(bias, op->vector + 16 * panel, sizeof(float) * rows);
   for (int64_t t = 0; t < tokens; t++, results += 16 * planes) {
     float *out = op->out + (token + t) * op->ldout + 16 * panel;
-    for (int r = 0; r < rows; r++) {
-      float v = results[r];
-      if (planes == 2) v += results[16 + r];
-      if (op->vector != NULL) v += op->vector[16 * panel + r];
-      out[r] = v;
-    }
+    float sum[16];
+    memcpy(sum, results, sizeof sum);
+    if (planes == 2)
+      for (int r = 0; r < 16; r++) sum[r] += results[16 + r];
+    if (op->vector != NULL)
+      for (int r = 0; r < 16; r++) sum[r] += bias[r];
+    if (rows == 16)
+      memcpy(out, sum, sizeof sum);
+    else
+      memcpy(out, sum, sizeof(float) * rows);
   }
 }
 
@@ -100,7 +120,7 @@ static void run_tiles(const orcd_task *task, int64_t chunk, const uint8_t *activ
       _Alignas(64) float results[MAX_LANES * 16];
       kernels->dot[op->format][log2_of(lanes)]((const uint8_t *)op->weight + panel * size, blocks,
                                                activations + first * blocks * LANE_BLOCK_BYTES, results);
-      store_panel(op, panel, first / planes, smaller(lanes, all - first) / planes, results);
+      store_panel(op, planes, panel, first / planes, smaller(lanes, all - first) / planes, results);
     }
 }
 
@@ -118,7 +138,7 @@ static void run_self_quantized(const orcd_task *task, int64_t chunk, int thread)
   uint8_t *activations = orcd_thread_scratch(thread, activation_bytes(task->op, task->p0, MAX_LANES));
   if (activations == NULL) return; /* cannot happen: orcd_plan_linear reserved it */
   if (quantized_for[thread].serial != (uint64_t)task->p3) {
-    quantize_tile(task, activations, 0);
+    quantize_tokens(task, activations, 0, task->p0);
     quantized_for[thread].serial = (uint64_t)task->p3;
   }
   run_tiles(task, chunk, activations);
@@ -156,9 +176,10 @@ static int plan_quantized(const orcd_op *op, int64_t tokens, orcd_task *task) {
   task->p1 = panels_per_chunk(panels, size, token_blocks);
   task[1] = task[0];
   task[0].run = run_quantize;
-  task[0].num_chunks = tiles;
+  task[0].p1 = at_least_one(QUANTIZE_CHUNK_FLOATS / op->k);
+  task[0].num_chunks = divide_up(tokens, task[0].p1);
   task[1].run = run_linear;
-  task[1].num_chunks = divide_up(panels, task->p1) * token_blocks;
+  task[1].num_chunks = divide_up(panels, task[1].p1) * token_blocks;
   return 2;
 }
 
@@ -172,12 +193,10 @@ static void run_float(const orcd_task *task, int64_t chunk, int thread) {
   const int64_t groups = divide_up(panels, task->p1), panel0 = chunk % groups * task->p1;
   const int64_t panel1 = smaller(panels, panel0 + task->p1);
   const int64_t token = chunk / groups * task->p2, tokens = smaller(task->p2, task->p0 - token);
-  orcd_op plain = *op;
-  plain.activations = 32;
   for (int64_t panel = panel0; panel < panel1; panel++) {
     _Alignas(64) float results[FLOAT_TOKEN_BLOCK * 16];
     dot((const uint8_t *)op->weight + panel * size, op->k, op->x + token * op->ldx, op->ldx, tokens, results);
-    store_panel(&plain, panel, token, tokens, results);
+    store_panel(op, 1, panel, token, tokens, results);
   }
 }
 
