@@ -321,10 +321,10 @@ def events_of() -> Callable[[str], list[tuple[str, Any]]]:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], Any]:
-    """Waits until something is so, for two seconds at most."""
+    """Waits until something is so, for ten seconds at most."""
 
     async def wait(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             while not condition():
                 await asyncio.sleep(0.002)
 

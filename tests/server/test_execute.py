@@ -232,6 +232,15 @@ async def test_a_deadline_ends_the_job(world, events_of, how):
     assert w.count('worker_requests_total{outcome="timeout"}') == 1
 
 
+async def test_the_earlier_deadline_counts(world):
+    w = world()
+    async with w.http() as http:
+        for field, header in ((50_000, "90000"), (90_000, "50000")):
+            body = {"job_id": "j", "prompt": "x", "deadline_ms": field}
+            await http.post("/execute", json=body, headers={"X-Deadline": header})
+            assert 40 < w.engine.submitted[-1].deadline - time.monotonic() <= 50
+
+
 async def test_cancel_ends_the_stream_and_is_idempotent(world, events_of, eventually):
     w = world()
     w.engine.answer = lambda _: [65]

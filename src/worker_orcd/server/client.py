@@ -154,8 +154,7 @@ class EngineClient:
         """Give a place back. Called by the admission; a second call does nothing."""
         if self._jobs.get(admission.job_id) is not admission:
             return
-        for stream_id in tuple(admission.stream_ids):
-            self._cancel_stream(stream_id)
+        self._fail_job(admission, Cancelled("the request is over"))
         del self._jobs[admission.job_id]
         self._num_admitted -= admission.num_sequences
         if not self._jobs:
