@@ -132,19 +132,27 @@ def _wait_until_ready(worker: subprocess.Popen[bytes], port: int, log: IO[str]) 
             _tell_news(log, told)
             print(f"ready after {time.monotonic() - started:.1f} s\n", flush=True)
             return
-        time.sleep(0.1)
+        time.sleep(0.25)
     raise NoAnswer(f"the worker was not ready after {START_SECONDS:.0f} s")
 
 
 def _tell_news(log: IO[str], told: int) -> int:
-    """Print the sentences that the worker has narrated since `told`, an offset in its log."""
+    """Print what the worker has narrated since `told`, an offset in its log; of progress, only the latest."""
     text = os.pread(log.fileno(), 1 << 20, told)
     whole = text.rfind(b"\n") + 1
+    progress = ""
     for line in text[:whole].decode("utf-8", "replace").splitlines():
         try:
-            print("  " + json.loads(line)["sentence"], flush=True)
+            event = json.loads(line)
+            sentence = "  " + event["sentence"]
+            is_progress = event["event"] == "model_load_progress"
         except (ValueError, KeyError, TypeError):  # not narration
-            print("  " + line, flush=True)
+            sentence, is_progress = "  " + line, False
+        if not is_progress:
+            print(sentence, flush=True)
+        progress = sentence if is_progress else ""
+    if progress:
+        print(progress, flush=True)
     return told + whole
 
 

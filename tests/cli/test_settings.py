@@ -225,3 +225,23 @@ def test_a_key_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "callback_url" in refusal({"model": "demo", "callback_token_file": str(tmp_path)})
     assert "max_model_len" in refusal({"model": "demo", "max_model_len": "8", "block_size": "16"})
+
+
+# -- the document ----------------------------------------------------------------------------------------
+
+
+def test_the_document_lists_every_setting_as_it_is() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    rows = [line for line in document.splitlines() if line.startswith("| `")]
+    expected: list[str] = []
+    for name, info in Settings.model_fields.items():
+        value = str(info.default).lower() if isinstance(info.default, bool) else info.default
+        default = "required" if info.is_required() else "none" if value is None else f"`{value}`"
+        expected.append(f"| `{name}` | {default} | {allowed(info)} | {info.description} |")
+    assert rows == expected
+
+
+def test_the_example_in_the_document_is_valid(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    example = document.split("```toml\n")[1].split("```")[0]
+    assert load_config({}, config_file=toml(tmp_path, example))[0].server.port == 9000
