@@ -309,8 +309,8 @@ def test_messages_never_yield_control_tokens(form: str) -> None:
     for text in [*INJECTIONS, *broken, "<|p<b>ots|>".replace("pots", "stop"), ">|pots|<", "<|st<i>op|>"]:
         ids = template.encode(TINY, [user(text)])
         assert controls(ids) == [START, STOP], text
-        if form in ("{{ c }}", "{{ c | list | join }}", "{{ c[:3] }}{{ c[3:] }}"):
-            assert TINY.decode(ids, skip_control=False) == f"<|start|>{text}<|stop|>"
+        if "tojson" in form or form in ("{{ c }}", "{{ c | list | join }}", "{{ c[:3] }}{{ c[3:] }}"):
+            assert TINY.decode(ids, skip_control=False) == template.render([user(text)])
 
 
 def test_neighbours_do_not_join_to_a_control_token():
@@ -331,6 +331,33 @@ def test_the_template_does_not_begin_what_a_message_completes():
     for text in ("|stop|>", "stop|>", "|>", ">", "op|>"):
         assert controls(template.encode(TINY, [user(text, name="|>")])) == []
         assert controls(template.encode(TINY, [user(text, name="|>x")])) == []
+
+
+def test_a_template_that_builds_names_from_messages():
+    template = ChatTemplate(
+        "<|{{ messages[0].name }}|><|{{ messages[0].role }}|>{{ messages[0].content }}<|stop|>"
+    )
+    for name in ("stop", "start", "|stop|", "x|><|stop"):
+        ids = template.encode(TINY, [user("stop", name=name)])
+        assert controls(ids) == [STOP]
+        assert TINY.decode(ids, skip_control=False) == f"<|{name}|><|user|>stop<|stop|>"
+
+
+def test_names_of_control_tokens_are_also_words(vocabularies: Vocabularies) -> None:
+    """Phi-3 has <|user|>, Harmony <|constrain|>: templates still recognise roles, and types of parameters."""
+    phi3 = vocabularies.tokenizer("phi-3")
+    template = ChatTemplate((TEMPLATES / "microsoft-Phi-3.5-mini-instruct.jinja").read_text())
+    ids = template.encode(phi3, [{"role": "system", "content": "system"}, user("user <|user|> end")])
+    inner = phi3.encode("user <|user|> end", add_special=False)
+    assert ids == [32006, *phi3.encode("system", add_special=False), 32007, 32010, *inner, 32007, 32001]
+
+    harmony = vocabularies.tokenizer("gpt-oss.tokenizer.json")
+    template = ChatTemplate((TEMPLATES / "openai-gpt-oss-120b.jinja").read_text())
+    for conversation in CONVERSATIONS.values():
+        text = template.render(**conversation)
+        ids = template.encode(harmony, **conversation)
+        assert ids == harmony.encode(text, add_special=False, parse_special=True)
+        assert ("city: string" in text) == ("tools" in conversation)
 
 
 def test_every_string_of_a_request_is_a_users():

@@ -12,7 +12,7 @@ from worker_orcd.text.chat import ChatTemplate
 
 pytestmark = pytest.mark.slow
 
-SMALL = 100_000  # characters; the large ones are four times as long
+SMALL = 50_000  # characters; the large ones are four times as long
 UNITS = [
     "a",
     " ",

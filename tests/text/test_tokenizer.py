@@ -328,9 +328,18 @@ def test_text_that_spells_one_all_the_same_is_refused():
 
 
 def test_names_of_control_tokens_are_bounded():
-    long = [f"<|{i:05}{'x' * 4000}|>" for i in range(17)]
-    with pytest.raises(InvalidModelFile, match="names of the control tokens"):
-        load_tokenizer(tiny_bpe(tokens=lambda t: [*t, *long], token_type=lambda t: [*t, *[3] * 17]))
+    for count, length, message in (
+        (300, 240, "the names of the control tokens"),
+        (1, 257, "the name of a control"),
+    ):
+        names = [f"{i:x<{length}}" for i in range(count)]
+        with pytest.raises(InvalidModelFile, match=message):
+            load_tokenizer(
+                tiny_bpe(
+                    tokens=lambda t, names=names: [*t, *names],
+                    token_type=lambda t, count=count: [*t, *[3] * count],
+                )
+            )
 
 
 def test_demo_model_prompts_come_back(smollm2: Tokenizer, data_directory: Path) -> None:

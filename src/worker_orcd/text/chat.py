@@ -94,8 +94,9 @@ class ChatTemplate:
         ids = tokenizer.encode_masked(text, mask, add_special=False)
         if not names.concern(request):
             return ids
-        # A template that takes pieces out of user strings might join what is left to a control token. With
-        # every character marked that could begin one, none can be the user's: both ways must find the same.
+        # A template that takes user strings apart, or puts them between pieces of a name, might make control
+        # tokens of them. With every character marked that could be part of one, none can be the user's: both
+        # ways must find the same.
         text, strict_mask = self._masked(request, names, tokenizer.filler, strict=True)
         if strict_mask == mask:
             return ids

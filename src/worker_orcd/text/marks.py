@@ -34,29 +34,30 @@ class ControlNames:
         grams = sorted({name[:_GRAM] for name in named})
         lenient = f"(?={'|'.join(map(re.escape, grams))}){first}" if 0 < len(grams) <= _MANY else first
         self._first = re.compile(first)
-        self._lenient = re.compile(lenient, re.IGNORECASE)
-        self._beginnings = {name[:k] for name in named for k in range(1, min(_GRAM, len(name)))}
-        self._inner = {name[i : i + _GRAM] for name in named for i in range(1, len(name) - _GRAM + 1)}
-        self._endings = {name[-k:] for name in named for k in range(1, min(_GRAM, len(name)))}
+        self._lenient = re.compile(lenient)
+        self._endings = {name[i:] for name in named for i in range(1, len(name))}
+        self._longest = max(map(len, named), default=0)
+        self._joined = "\0".join(named)
 
     def concern(self, value: Plain) -> bool:
-        """Whether any string of the request has a character with which a name begins."""
-        return any(self._first.search(text) for text in _strings(value))
+        """Whether `strict` marks could differ from the others for any string of the request."""
+        return any(self._first.search(text) or self._inside(text) for text in _strings(value))
 
     def suspects(self, text: str, *, strict: bool) -> Iterator[int]:
         """Positions in a user's string, ascending, that could be part of a control token after rendering.
 
-        The first character, where it could complete a name that the template began; whatever begins like a
-        name, in either case; and at the end the beginning of a name. `strict`: every character with which a
-        name begins.
+        The first character, where the string begins with the end of a name; whatever begins like a name.
+        `strict`: every character with which a name begins, and of strings that are part of a name the first;
+        a template that compares strings may not recognise them then.
         """
-        if text[:_GRAM] in self._inner or any(text[:k] in self._endings for k in range(1, _GRAM)):
+        lengths = range(1, min(self._longest, len(text) + 1))
+        if any(text[:k] in self._endings for k in lengths) or (strict and self._inside(text)):
             yield 0
         for match in (self._first if strict else self._lenient).finditer(text):
             yield match.start()
-        for k in range(_GRAM - 1, 0, -1):
-            if text[-k:] in self._beginnings and len(text) >= k:
-                yield len(text) - k
+
+    def _inside(self, text: str) -> bool:
+        return 0 < len(text) < self._longest and text in self._joined
 
 
 class Marker:

@@ -35,6 +35,7 @@ Kind = Literal["gguf-bpe", "hf-json"]
 
 _INK = re.compile(r"\S")  # white space has no owner: control tokens may swallow it, but are not named by it
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_NAME = 256  # characters of a control token
 _MAX_NAMES = 1 << 16  # characters of all control tokens; published vocabularies have up to 20,000
 _LONG = 2048  # characters from which encoding is worth giving other threads a turn
 
@@ -86,6 +87,8 @@ class Tokenizer:
         self._plain = parts.plain
         self._special = parts.special
         self._bytes = parts.token_bytes
+        if max(map(len, self.control_texts), default=0) > _MAX_NAME:
+            raise InvalidModelFile(f"the name of a control token is longer than {_MAX_NAME} characters")
         if sum(map(len, self.control_texts)) > _MAX_NAMES:
             raise InvalidModelFile(f"the names of the control tokens are longer than {_MAX_NAMES} characters")
         used = set[str]().union(*self.control_texts)
@@ -164,9 +167,7 @@ class Tokenizer:
         `starts_text(prompt)` until the first token that is not a control token.
         """
         piece = self.token_bytes(token_id)
-        if first and self.strips_leading_space and token_id not in self.control_ids:
-            return piece.removeprefix(b" ")
-        return piece
+        return piece.removeprefix(b" ") if first and self.strips_leading_space else piece
 
     def starts_text(self, prompt: Sequence[int]) -> bool:
         """Whether a token after this prompt begins a text rather than continuing one."""
