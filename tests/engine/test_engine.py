@@ -178,10 +178,10 @@ def test_cancelling_takes_at_most_one_step_and_frees_the_blocks(bench: Bench):
     numbers = [bench.submit([i + 1] * 8, 500, min_tokens=500) for i in range(12)]  # eight run, four wait
     bench.wait_for(lambda: len(bench.outputs[7]) >= 2)
     for number in (3, 10):
-        started = time.monotonic()
+        steps = bench.device.num_steps
         bench.engine.send(Cancel(number))
         assert bench.last(number).finish_reason is FinishReason.CANCELLED
-        assert time.monotonic() - started < 0.1
+        assert bench.device.num_steps <= steps + 2  # the one in flight, and the one that publishes it
     bench.engine.send(Cancel(3))
     bench.engine.send(Cancel(12345))
     for number in numbers:

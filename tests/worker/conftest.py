@@ -20,10 +20,18 @@ for shared in ("model", "text", "worker"):
 from worker_bench import Running, Start, tiny_file  # noqa: E402
 
 from worker_orcd.config import DeviceConfig, EngineConfig, ServerConfig, WorkerConfig  # noqa: E402
+from worker_orcd.kernels.cpu.build import LibraryUnavailable, load_library  # noqa: E402
 from worker_orcd.narration import Narration  # noqa: E402
 from worker_orcd.server.status import Status  # noqa: E402
 from worker_orcd.worker.listening import listen, uri_of  # noqa: E402
 from worker_orcd.worker.process import Worker, model_ref  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Compile what may have to be compiled before any test counts seconds."""
+    with contextlib.suppress(LibraryUnavailable):
+        load_library()
 
 
 @pytest.fixture(scope="session")
