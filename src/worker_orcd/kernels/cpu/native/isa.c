@@ -6,21 +6,36 @@
 static _Atomic(const orcd_kernels *) chosen = &orcd_scalar_kernels;
 
 #ifdef __x86_64__
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#include <cpuid.h>
 
-static int has_avx512(void) {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+enum { AVX2_FMA = 1, AVX512_VNNI = 2 };
+
+/* Registers that the operating system saves and restores: bits 1, 2 for AVX, 5, 6, 7 for AVX-512. */
+static unsigned saved_registers(void) {
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+/* Asked of the processor itself: __builtin_cpu_supports needs a runtime that not every toolchain links in. */
+static int features(void) {
+  const unsigned fma_osxsave_avx_f16c = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;
+  const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11, avx2 = 1u << 5;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & fma_osxsave_avx_f16c) != fma_osxsave_avx_f16c) return 0;
+  const unsigned saved = saved_registers();
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (saved & 0x6) != 0x6 || !(b & avx2)) return 0;
+  const int wide = (saved & 0xe6) == 0xe6 && (b & f_dq_bw_vl) == f_dq_bw_vl && (c & vnni);
+  return wide ? AVX2_FMA | AVX512_VNNI : AVX2_FMA;
 }
 #endif
 
 static const orcd_kernels *available(const char *name) {
   if (strcmp(name, orcd_scalar_kernels.name) == 0) return &orcd_scalar_kernels;
 #ifdef __x86_64__
-  __builtin_cpu_init();
-  if (strcmp(name, orcd_avx2_kernels.name) == 0 && has_avx2()) return &orcd_avx2_kernels;
-  if (strcmp(name, orcd_avx512_kernels.name) == 0 && has_avx512()) return &orcd_avx512_kernels;
+  const int has = features();
+  if (strcmp(name, orcd_avx2_kernels.name) == 0 && has & AVX2_FMA) return &orcd_avx2_kernels;
+  if (strcmp(name, orcd_avx512_kernels.name) == 0 && has & AVX512_VNNI) return &orcd_avx512_kernels;
 #endif
   return NULL;
 }
