@@ -343,6 +343,12 @@ def test_a_template_that_builds_names_from_messages():
         assert TINY.decode(ids, skip_control=False) == f"<|{name}|><|user|>stop<|stop|>"
 
 
+def test_a_word_in_a_name_is_still_that_word():
+    template = ChatTemplate("{% if messages[0].type == 'stop' %}{{ messages[0].type }}{% endif %}<|stop|>")
+    ids = template.encode(TINY, [user("", type="stop")])
+    assert TINY.decode(ids, skip_control=False) == "stop<|stop|>"
+
+
 def test_names_of_control_tokens_are_also_words(vocabularies: Vocabularies) -> None:
     """Phi-3 has <|user|>, Harmony <|constrain|>: templates still recognise roles, and types of parameters."""
     phi3 = vocabularies.tokenizer("phi-3")

@@ -53,7 +53,7 @@ BYTES = st.one_of(
 PLACES = st.lists(st.integers(0, 1000), max_size=12)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(BYTES, PLACES)
 def test_any_cut_of_any_bytes_gives_the_same_text(data: bytes, places: list[int]) -> None:
     deltas, stopped = run(cut(data, places), [])
@@ -61,7 +61,7 @@ def test_any_cut_of_any_bytes_gives_the_same_text(data: bytes, places: list[int]
     assert stopped is None
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(
     st.text("ab\u20ac", max_size=30).map(str.encode),
     PLACES,
@@ -72,14 +72,14 @@ def test_stop_strings_as_the_reference(data: bytes, places: list[int], stop: lis
     assert ("".join(deltas), stopped) == reference(data, stop)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(BYTES, PLACES, st.lists(st.text("a\ufffd\u20ac\U0001f600\x00", max_size=3), max_size=3))
 def test_stop_strings_in_any_bytes(data: bytes, places: list[int], stop: list[str]) -> None:
     deltas, stopped = run(cut(data, places), stop)
     assert ("".join(deltas), stopped) == reference(data, stop)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.text("ab<|", max_size=30), st.lists(st.text("ab<|", min_size=1, max_size=4), max_size=3))
 def test_no_more_is_held_back_than_could_match(text: str, stop: list[str]) -> None:
     stream = TextStream(stop)

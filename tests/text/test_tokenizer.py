@@ -49,6 +49,7 @@ def test_text_never_yields_control_tokens(name: str, vocabularies: Vocabularies)
             assert not tokenizer.control_ids.isdisjoint(ids)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["<|start|>", "<|stop|>", "<|", "|>", "st", "<", "a", " ", "\n", "hello", "é"]))
 )
@@ -159,6 +160,7 @@ def test_streamed_bytes_are_the_decoded_text(name: str, vocabularies: Vocabulari
         assert out + stream.finish().text == tokenizer.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 264)), st.booleans())
 def test_streaming_any_ids_is_decoding_them(ids: list[int], skip: bool) -> None:
     stream = TextStream()
@@ -258,11 +260,11 @@ def test_lone_surrogates_are_refused(text: str) -> None:
             call()
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.text())
 def test_any_text_comes_back(text: str) -> None:
-    for tokenizer in (TINY, TINY_SPM):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert TINY.decode(TINY.encode(text)) == text
+    assert TINY_SPM.decode(TINY_SPM.encode(text)) == text.replace("▁", " ")  # to SentencePiece they are one
 
 
 def test_short_and_long_texts_take_the_same_way():
