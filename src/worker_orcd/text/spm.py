@@ -16,7 +16,7 @@ from worker_orcd.text.bpe import add_tokens, of_type
 from worker_orcd.text.vocabulary import BYTE_NAME, TokenType, Vocabulary
 
 SPACE = "▁"
-_MAX_SPLITS = 1 << 26  # characters looked at to find the merges; published vocabularies need 2 to 14 million
+_MAX_SPLITS = 1 << 26  # characters looked at to find the merges; Llama 2's vocabulary needs 1 million
 
 # Phi-3's special tokens swallow the white space behind them, except these.
 _KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})

@@ -1,7 +1,7 @@
 """The process that renders one chat template, from the side of the worker: started, asked, and replaced when
 it dies.
 
-Measured on SmolLM2's template: a rendering takes 0.1 ms longer than in this process. Two bounds hold whatever
+Measured with SmolLM2's template: 34 µs a rendering, 8 µs without the process. Two bounds hold whatever
 the template does: time (an alarm in the process ends it) and memory (a limit on its address space).
 """
 
