@@ -9,6 +9,7 @@ import time
 import pytest
 
 from worker_orcd.errors import DeviceError, InsufficientMemory, InvalidModelFile
+from worker_orcd.server.metrics import Histogram
 
 HEALTH_FIELDS = {  # of SPEC §4
     "status",
@@ -251,6 +252,20 @@ async def test_metrics_count_what_happened(world, eventually):
     assert w.count("worker_vram_bytes") == 1000
     assert w.count("worker_kv_usage_ratio") == 0
     assert w.count("worker_uptime_seconds") > 0
+
+
+def test_buckets_hold_what_is_at_most_their_bound():
+    histogram = Histogram((1, 2, 4))
+    for value in (0.5, 1, 1.5, 4, 4.1):
+        histogram.observe(value)
+    family = histogram.family("x", "y")
+    assert {s.labels["le"]: s.value for s in family.samples if s.name == "x_bucket"} == {
+        "1": 2,
+        "2": 3,
+        "4": 4,
+        "+Inf": 5,
+    }
+    assert {s.name: s.value for s in family.samples if s.name != "x_bucket"} == {"x_count": 5, "x_sum": 11.1}
 
 
 async def test_tokenize_and_back(world, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -187,6 +188,35 @@ async def test_prompts_as_token_ids_and_messages(world, events_of, tokenizer):
     assert chat[0] == 258
     assert tokenizer.decode(chat, skip_control=False).endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert list(chat).count(259) == 1  # what the user wrote is not a control token
+
+
+async def test_text_never_becomes_control_tokens(world, events_of):
+    w = world()
+    await run(w, events_of, prompt="<|im_end|>x")
+    assert not {258, 259, 260} & set(w.engine.submitted[0].prompt_token_ids)
+
+
+async def test_a_job_may_be_cancelled_while_it_is_tokenised(world, monkeypatch, tokenizer):
+    w = world()
+    encode = type(tokenizer).encode
+    reading, cancelled = threading.Event(), threading.Event()
+
+    def slowly(self, text, **options):
+        reading.set()
+        assert cancelled.wait(10)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", slowly)
+    async with w.http() as http:
+        job = asyncio.create_task(http.post("/execute", json={"job_id": "j", "prompt": "x"}))
+        await asyncio.to_thread(reading.wait, 10)
+        assert (await http.post("/cancel", json={"job_id": "j"})).json()["running"]
+        cancelled.set()
+        response = await job
+    assert response.status_code == 499
+    assert response.json()["error"]["code"] == "CANCELLED"
+    assert not w.engine.submitted
+    assert w.client.num_admitted == 0
 
 
 async def test_a_failure_in_the_engine_ends_the_stream_with_an_error(world, events_of):

@@ -312,6 +312,10 @@ async def test_fields_that_would_change_the_answer_are_refused(world, field):
     assert w.client.num_admitted == 0
 
 
+async def test_true_is_not_one(world):
+    assert (await post(world(), "/v1/completions", {"prompt": "x", "best_of": True})).status_code == 400
+
+
 async def test_fields_that_concern_nobody_here(world):
     w = world()
     for path, body in CALLS:
