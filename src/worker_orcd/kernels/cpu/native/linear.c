@@ -8,13 +8,12 @@
 
 #include <errno.h>
 
-
 #define CHUNK_BYTES (96 << 10)      /* of weights: long enough to hide a claim, short enough to share out evenly */
 #define CHUNKS_PER_THREAD 4         /* at least, so that a slow thread can be helped */
 #define TOKEN_BLOCK_BYTES (256 << 10) /* of quantised activations: they stay in the second-level cache */
 #define QUANTIZE_CHUNK_FLOATS 8192
 #define FLOAT_TOKEN_BLOCK 64
-#define SELF_QUANTIZED_LANES 2      /* up to so many lanes every thread quantises for itself */
+#define SELF_QUANTIZED_LANES 4      /* up to so many lanes every thread quantises for itself */
 #define MAX_THREADS 256
 
 /* Planning numbers of a task: p0 rows (tokens), p1 panels a chunk, p2 tiles (tokens, if float) a chunk, p3 serial. */
@@ -163,7 +162,7 @@ static int plan_quantized(const orcd_op *op, int64_t tokens, orcd_task *task) {
     for (int i = 0; i < orcd_num_threads(); i++)
       if (orcd_thread_scratch(i, bytes) == NULL) return -ENOMEM;
     task->p1 = panels_per_chunk(panels, size, 1);
-    task->p2 = 1;
+    task->p2 = tiles;
     task->run = run_self_quantized;
     task->num_chunks = divide_up(panels, task->p1);
     return 1;

@@ -10,6 +10,8 @@
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define AVX512_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 
+typedef float weight_row[16]; /* of one k, 16 rows */
+
 /* Byte i of each lane as a float level. */
 AVX2_INLINE __m256 level(const int format, __m256i v, const int i, const int offset) {
   if (format == Q8_0 || format == IQ4_NL)
@@ -35,7 +37,7 @@ AVX2_INLINE __m256 weight(const int format, affine a, __m256 level) {
   }
 }
 
-AVX2_INLINE void four_weights(const int format, affine a, __m256i v, float out[4][16]) {
+AVX2_INLINE void four_weights(const int format, affine a, __m256i v, weight_row out[4]) {
   const int offset = format == Q4_0 ? 8 : format == Q5_0 ? 16 : format == MXFP4 ? 12 : format == Q3_K ? 4 : format == Q6_K ? 32 : 0;
   _mm256_storeu_ps(out[0], weight(format, a, level(format, v, 0, offset)));
   _mm256_storeu_ps(out[1], weight(format, a, level(format, v, 1, offset)));
@@ -44,12 +46,12 @@ AVX2_INLINE void four_weights(const int format, affine a, __m256i v, float out[4
 }
 
 /* lo, hi: for the first and the second 16 of k. */
-AVX2_INLINE void body_weights(const int format, const uint8_t *body, const int h, affine lo, affine hi, float out[32][16]) {
+AVX2_INLINE void body_weights(const int format, const uint8_t *body, const int h, affine lo, affine hi, weight_row out[32]) {
   __m256i a, b;
 #define STEP(j)                                              \
   levels(format, body, j, h, &a, &b);                        \
-  four_weights(format, lo, a, (float(*)[16])(out[4 * j] + 8 * h)); \
-  four_weights(format, hi, b, (float(*)[16])(out[16 + 4 * j] + 8 * h));
+  four_weights(format, lo, a, (weight_row *)(out[4 * j] + 8 * h)); \
+  four_weights(format, hi, b, (weight_row *)(out[16 + 4 * j] + 8 * h));
   STEP(0)
   STEP(1)
   STEP(2)
@@ -68,18 +70,12 @@ AVX2_INLINE affine sub_affine(const int format, const uint8_t *block, const int 
   return a;
 }
 
-AVX2_INLINE void float_weights(const int format, const uint8_t *at, int count, float out[32][16]) {
+AVX2_INLINE void half_weights(const int format, const uint8_t *at, int count, weight_row out[32]) {
   for (int i = 0; i < count; i++)
     EACH_HALF {
-      __m256 v;
-      if (format == F32)
-        v = _mm256_loadu_ps((const float *)at + 16 * i + 8 * h);
-      else if (format == F16)
-        v = halves_to_floats(at + 32 * i + 16 * h);
-      else
-        v = _mm256_castsi256_ps(_mm256_slli_epi32(
-            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(at + 32 * i + 16 * h))), 16));
-      _mm256_storeu_ps(out[i] + 8 * h, v);
+      const uint8_t *p = at + 32 * i + 16 * h;
+      const __m256i top = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+      _mm256_storeu_ps(out[i] + 8 * h, format == F16 ? halves_to_floats(p) : _mm256_castsi256_ps(top));
     }
 }
 
@@ -89,9 +85,9 @@ typedef struct {
 } k_scales;
 
 /* Weights k0 .. k0 + count - 1 of a panel. Called with k0 = 0, 32, ... in order. */
-AVX2_INLINE void panel_weights(const int format, const uint8_t *panel, int64_t k0, int count, k_scales *s, float out[32][16]) {
+AVX2_INLINE void panel_weights(const int format, const uint8_t *panel, int64_t k0, int count, k_scales *s, weight_row out[32]) {
   if (is_float_format(format)) {
-    float_weights(format, panel + k0 * (format == F32 ? 64 : 32), count, out);
+    half_weights(format, panel + k0 * 32, count, out);
     return;
   }
   const packed_shape shape = shape_of(format);
@@ -115,8 +111,17 @@ AVX2_INLINE void panel_weights(const int format, const uint8_t *panel, int64_t k
   }
 }
 
+/* The same, where they are if they are floats already. */
+AVX2_INLINE const weight_row *weights_at(const int format, const uint8_t *panel, int64_t k0, int count, k_scales *s,
+                                         weight_row buffer[32]) {
+  if (is_float_format(format)) prefetch_ahead(panel + k0 * (format == F32 ? 64 : 32), format == F32 ? 2048 : 1024);
+  if (format == F32) return (const weight_row *)(panel + k0 * 64);
+  panel_weights(format, panel, k0, count, s, buffer);
+  return (const weight_row *)buffer;
+}
+
 /* acc += products of up to 32 weights with `tokens` rows of x, on rows 8 h of `halves` halves. */
-AVX2_INLINE void multiply_avx2(const int tokens, const int h, const int halves, float weights[32][16], int count,
+AVX2_INLINE void multiply_avx2(const int tokens, const int h, const int halves, const weight_row *weights, int count,
                                const float *x, int64_t ldx, float *acc) {
   __m256 partial[4][2][2];
   for (int t = 0; t < tokens; t++)
@@ -143,23 +148,22 @@ AVX2_INLINE void multiply_avx2(const int tokens, const int h, const int halves, 
 
 AVX2_INLINE void float_dot_avx2(const int format, const uint8_t *panel, int64_t k, const float *x, int64_t ldx,
                                 int64_t tokens, float *acc) {
-  float weights[32][16];
+  weight_row weights[32];
   k_scales s;
   memset(acc, 0, sizeof(float) * 16 * (size_t)tokens);
   for (int64_t k0 = 0; k0 < k; k0 += 32) {
     const int count = k - k0 < 32 ? (int)(k - k0) : 32;
-    if (is_float_format(format)) prefetch_ahead(panel + k0 * (format == F32 ? 64 : 32), format == F32 ? 2048 : 1024);
-    panel_weights(format, panel, k0, count, &s, weights);
+    const weight_row *w = weights_at(format, panel, k0, count, &s, weights);
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) {
-      multiply_avx2(4, 0, 1, weights, count, x + t * ldx + k0, ldx, acc + 16 * t);
-      multiply_avx2(4, 1, 1, weights, count, x + t * ldx + k0, ldx, acc + 16 * t);
+      multiply_avx2(4, 0, 1, w, count, x + t * ldx + k0, ldx, acc + 16 * t);
+      multiply_avx2(4, 1, 1, w, count, x + t * ldx + k0, ldx, acc + 16 * t);
     }
-    for (; t < tokens; t++) multiply_avx2(1, 0, 2, weights, count, x + t * ldx + k0, ldx, acc + 16 * t);
+    for (; t < tokens; t++) multiply_avx2(1, 0, 2, w, count, x + t * ldx + k0, ldx, acc + 16 * t);
   }
 }
 
-AVX512_INLINE void multiply_avx512(const int tokens, float weights[32][16], int count, const float *x, int64_t ldx,
+AVX512_INLINE void multiply_avx512(const int tokens, const weight_row *weights, int count, const float *x, int64_t ldx,
                                    float *acc) {
   __m512 partial[8][2];
   for (int t = 0; t < tokens; t++) partial[t][0] = partial[t][1] = _mm512_setzero_ps();
@@ -181,16 +185,15 @@ AVX512_INLINE void multiply_avx512(const int tokens, float weights[32][16], int 
 
 AVX512_INLINE void float_dot_avx512(const int format, const uint8_t *panel, int64_t k, const float *x, int64_t ldx,
                                     int64_t tokens, float *acc) {
-  float weights[32][16];
+  weight_row weights[32];
   k_scales s;
   memset(acc, 0, sizeof(float) * 16 * (size_t)tokens);
   for (int64_t k0 = 0; k0 < k; k0 += 32) {
     const int count = k - k0 < 32 ? (int)(k - k0) : 32;
-    if (is_float_format(format)) prefetch_ahead(panel + k0 * (format == F32 ? 64 : 32), format == F32 ? 2048 : 1024);
-    panel_weights(format, panel, k0, count, &s, weights);
+    const weight_row *w = weights_at(format, panel, k0, count, &s, weights);
     int64_t t = 0;
-    for (; t + 8 <= tokens; t += 8) multiply_avx512(8, weights, count, x + t * ldx + k0, ldx, acc + 16 * t);
-    for (; t < tokens; t++) multiply_avx512(1, weights, count, x + t * ldx + k0, ldx, acc + 16 * t);
+    for (; t + 8 <= tokens; t += 8) multiply_avx512(8, w, count, x + t * ldx + k0, ldx, acc + 16 * t);
+    for (; t < tokens; t++) multiply_avx512(1, w, count, x + t * ldx + k0, ldx, acc + 16 * t);
   }
 }
 
