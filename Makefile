@@ -21,11 +21,11 @@ help: ## what can be made
 		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST)
 
 .PHONY: run
-run: $(VENV)/.installed ## serve the demo model, show an answer, keep serving (ONESHOT=1: stop after the answer; PORT=)
+run: $(VENV)/.compiled ## serve the demo model, show an answer, keep serving (ONESHOT=1: stop after the answer; PORT=)
 	@$(BIN)/python scripts/haiku.py $(if $(PORT),--port $(PORT)) $(if $(filter-out 0,$(ONESHOT)),--oneshot)
 
 .PHONY: test
-test: check $(VENV)/.dev ## check, then every test that needs no GPU
+test: check $(VENV)/.dev $(VENV)/.compiled ## check, then every test that needs no GPU
 	@$(BIN)/worker-orcd fetch demo
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
@@ -42,7 +42,7 @@ format: $(VENV)/.dev ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 .PHONY: install
-install: $(VENV)/.installed ## the package and what it needs, in .venv
+install: $(VENV)/.compiled ## the package and what it needs, in .venv
 
 .PHONY: venv
 venv: $(VENV)/.made ## an empty .venv
@@ -65,6 +65,10 @@ $(VENV)/.made: scripts/venv.sh
 $(VENV)/.installed: $(VENV)/.made pyproject.toml setup.py requirements/constraints.txt
 	@echo "installing worker-orcd and what it needs (a few minutes the first time)"
 	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+# They would be compiled at first use, and are kept in the user's cache either way.
+$(VENV)/.compiled: $(VENV)/.installed $(wildcard src/worker_orcd/kernels/cpu/native/*.[ch])
 	@echo "compiling the CPU kernels"
 	@$(BIN)/worker-orcd doctor
 	@touch $@
