@@ -63,9 +63,12 @@ def compilations(monkeypatch):
 
 def test_compiled_once_then_found(compiler, sources, tmp_path, compilations):
     cache = tmp_path / "cache"
-    assert load_library(sources, cache).isa == "stub"
-    assert load_library(sources, cache).isa == "stub"
+    told: list[int] = []
+    for _ in range(2):
+        library = load_library(sources, cache, on_compile=lambda: told.append(len(compilations)))
+        assert library.isa == "stub"
     assert len(compilations) == 1
+    assert told == [0], "told once, before it compiled"
     (kept,) = cache.glob("*/*")
     assert kept.suffix == ".so"
 

@@ -9,7 +9,7 @@ from worker_orcd.kernels.cpu.cores import usable_cores
 from worker_orcd.kernels.select import select_backend
 
 
-def _unavailable():
+def _unavailable(**_):
     raise LibraryUnavailable("no C compiler found (looked for cc)")
 
 
@@ -26,7 +26,7 @@ def test_without_a_library_the_reference_runs_and_one_warning_says_so():
 def test_with_a_library_the_native_backend_runs_silently(device, library):
     before, warnings = library.num_threads, []
     config = DeviceConfig(device=device, cpu_threads=2, cpu_activations="int8")
-    backend = select_backend(config, warnings.append, lambda: library)
+    backend = select_backend(config, warnings.append, lambda **_: library)
     assert backend.name == "cpu"
     assert backend.description == f"{library.isa}, 2 threads, int8 activations, float16 KV cache"
     assert not warnings
@@ -52,7 +52,7 @@ def test_a_device_without_a_backend_is_named():
 
 def test_a_number_of_threads_the_pool_cannot_have(library):
     with pytest.raises(InvalidConfiguration, match="cpu_threads is 0; allowed are 1 to 256"):
-        select_backend(DeviceConfig(cpu_threads=0), pytest.fail, lambda: library)
+        select_backend(DeviceConfig(cpu_threads=0), pytest.fail, lambda **_: library)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from worker_orcd.config import DeviceConfig
 from worker_orcd.errors import InvalidConfiguration
@@ -13,10 +14,19 @@ from worker_orcd.kernels.cpu.native import NativeBackend
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 
 
+class LoadLibrary(Protocol):
+    def __call__(self, *, on_compile: Callable[[], None] | None) -> Library: ...
+
+
 def select_backend(
-    config: DeviceConfig, warn: Callable[[str], None], load: Callable[[], Library] = load_library
+    config: DeviceConfig,
+    warn: Callable[[str], None],
+    load: LoadLibrary = load_library,
+    on_compile: Callable[[], None] | None = None,
 ) -> Backend:
     """The backend for `config.device`. `warn` is called once, with a sentence, if it is a slow substitute.
+
+    `on_compile` is called if kernels have to be compiled first, which happens once on a machine.
 
     "auto" is the CPU: this version has no other backend. Raises InvalidConfiguration for a device there is no
     backend for, and for settings the backend refuses.
@@ -24,7 +34,7 @@ def select_backend(
     if config.device == "cuda":
         raise InvalidConfiguration("device is cuda; this version has no CUDA backend, available is: cpu")
     try:
-        library = load()
+        library = load(on_compile=on_compile)
     except LibraryUnavailable as error:
         warn(f"The fast CPU kernels are not available, so the slow reference runs instead: {error}")
         return ReferenceBackend(config.kv_cache_dtype)

@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,15 @@ def cache_directory() -> Path:
 
 
 def load_library(
-    sources: Path = SOURCES, cache: Path | None = None, compilers: Sequence[str] = COMPILERS
+    sources: Path = SOURCES,
+    cache: Path | None = None,
+    compilers: Sequence[str] = COMPILERS,
+    on_compile: Callable[[], None] | None = None,
 ) -> Library:
     """The native library of this machine. Raises LibraryUnavailable.
 
     `compilers` are tried in order; the first one present is used. `cache` defaults to `cache_directory()`.
+    `on_compile` is called before a compilation, which takes from seconds to a minute.
     """
     source_hash = _source_hash(sources)
     shipped = sources / shipped_name(source_hash)
@@ -69,6 +73,8 @@ def load_library(
             kept.unlink()  # damaged
         except (OSError, LibraryUnavailable):
             continue  # somebody else removed it, or it cannot be loaded: compile it again
+    if on_compile is not None:
+        on_compile()
     return _compile_into(folder, compiler, sources)
 
 
