@@ -124,6 +124,14 @@ async def test_nobody_there_is_tried_again():
     assert len(m.pauses) == 1
 
 
+async def test_what_is_no_url_is_said_without_its_secrets():
+    with pytest.raises(InvalidConfiguration, match="not a URL") as caught:
+        await announce(
+            CallbackConfig(url="http://user:secret@[abc/ready"), None, BODY, Narration(stream=io.StringIO())
+        )
+    assert "secret" not in str(caught.value)
+
+
 async def test_no_url_no_call():
     async with manager() as m:
         await announce(CallbackConfig(), None, BODY, Narration("json", stream=m.log), m.pause)

@@ -250,6 +250,10 @@ def test_serve_tells_what_keeps_it_from_starting(
         assert f"cannot listen on 127.0.0.1 port {port}" in sentence(
             replace(config, server=ServerConfig(port=port))
         )
+    unspeakable = ServerConfig(host="a..b", port=0)
+    assert "cannot listen on a..b port 0: it is not a host name" in sentence(
+        replace(config, server=unspeakable)
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,17 @@ async def announce(
     narration: Narration,
     sleep: Sleep = asyncio.sleep,
 ) -> None:
-    """POST `body` as JSON to `config.url`. Raises Internal once it has failed for good."""
+    """POST `body` as JSON to `config.url`.
+
+    Raises Internal once it has failed for good, InvalidConfiguration where there is nothing to call.
+    """
     if config.url is None:
         return
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
-    where = _without_secrets(config.url)
+    try:
+        where = _without_secrets(config.url)
+    except ValueError:
+        raise InvalidConfiguration("the callback URL is not a URL that can be called") from None
     async with httpx.AsyncClient(timeout=config.timeout_seconds, trust_env=False) as client:
         for attempt in range(1, config.attempts + 1):
             problem, final = await _post(client, config.url, body, headers)

@@ -18,9 +18,10 @@ def listen(config: ServerConfig) -> socket.socket:
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name that could be looked up
+        reason = error.strerror if isinstance(error, OSError) else "it is not a host name"
         raise InvalidConfiguration(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}"
+            f"cannot listen on {config.host} port {config.port}: {reason or error}"
         ) from None
     listener.setblocking(False)
     return listener
