@@ -12,7 +12,7 @@ from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
 from worker_orcd.kernels.backend import AttentionParams, Limits, RopeParams
 from worker_orcd.model.config import LayerConfig, ModelConfig
-from worker_orcd.runner.plan import MemoryPlan, make_plan
+from worker_orcd.runner.plan import MAX_BLOCKS, MemoryPlan, make_plan
 
 MIB = 1 << 20
 
@@ -83,7 +83,7 @@ def test_a_length_that_was_not_asked_for_shrinks_and_says_so():
     found = plan(int(150 * MIB / 0.8))
     assert found.max_model_len == (found.num_blocks - 1) * 16 == 2384
     assert found.notes == (
-        "'smol' was trained for 8192 tokens; memory holds 2384, so longer requests are refused",
+        "'smol' was trained for 8192 tokens; the KV cache holds 2384, so longer requests are refused",
     )
 
 
@@ -92,12 +92,12 @@ def test_too_little_memory_names_both_numbers():
         plan(int(100 * MIB / 0.8))
     message = str(info.value)
     assert (
-        "'smol' requires 103.0 MiB (96.0 MiB of weights, 1.0 MiB of workspace, 6.0 MiB of KV cache)"
+        "'smol' requires 103.1 MiB (96.0 MiB of weights, 1.1 MiB of workspace, 6.0 MiB of KV cache)"
         in message
     )
     assert "125.0 MiB available on cpu" in message
     assert "may use 100.0 MiB (memory fraction 0.8)" in message
-    with pytest.raises(InsufficientMemory, match=r"requires 277\.4 MiB"):
+    with pytest.raises(InsufficientMemory, match=r"requires 277\.5 MiB"):
         plan(int(150 * MIB / 0.8), max_model_len=8192)
     with pytest.raises(InsufficientMemory, match=r"may use 0\.0 MiB"):
         plan(0)
@@ -118,6 +118,17 @@ def test_settings_steer_it():
             plan(1 << 40, max_model_len=length)
 
 
+def test_a_context_that_a_file_only_claims_costs_nothing():
+    found = plan(1 << 50, context=1 << 30)
+    assert found.num_blocks == MAX_BLOCKS and found.max_model_len == (MAX_BLOCKS - 1) * 16
+    assert found.notes[0].startswith("'smol' was trained for 1073741824 tokens; the KV cache holds 16777200")
+    assert plan(1 << 50, kv_cache_size_mb=1 << 24).num_blocks == MAX_BLOCKS
+    assert plan(1 << 50, max_num_seqs=4096, block_size=1).num_blocks == MAX_BLOCKS
+    with pytest.raises(InvalidConfiguration, match="allows 1 to 16777200"):
+        plan(1 << 50, context=1 << 30, max_model_len=1 << 30)
+    assert MAX_BLOCKS * 256 < 1 << 31  # the largest block there is a setting for: slots are int32
+
+
 def test_the_workspace_is_asked_for_what_will_run():
     sizes = Sizes()
     engine = EngineConfig(max_num_seqs=3, max_num_batched_tokens=77, block_size=8, max_model_len=20)
@@ -125,7 +136,7 @@ def test_the_workspace_is_asked_for_what_will_run():
     limits = Limits(max_tokens=77, max_rows=3, max_blocks_per_row=3, block_size=8)
     assert sizes.asked == [(limits, 3072, 49152)]
     assert found.limits(engine) == limits
-    assert found.workspace_bytes == MIB
+    assert found.workspace_bytes == MIB + 3 * 3 * 4  # and a block table
 
 
 def test_the_table():

@@ -7,6 +7,7 @@ What model, workspace and KV cache will take of a device's memory, decided befor
   length if that is more, as far as memory allows. A laptop's memory is not taken for a cache nobody fills.
 * One sequence of `max_model_len` tokens always fits, beside the null block. Where the length was not asked
   for it shrinks to what fits, and a note says so; where it was, too little memory is an error.
+* A file may claim any context: blocks are at most `MAX_BLOCKS`, whatever memory there is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from worker_orcd.model.config import ModelConfig
 
 TOKENS_PER_SEQUENCE = 2048  # of KV cache, for each sequence that may run at a time
 MIN_MODEL_LEN = 256  # a context that memory cuts shorter than this serves nobody
+# The scheduler keeps 150 bytes for each, and slots are int32. 16 million tokens at 16 a block.
+MAX_BLOCKS = 1 << 20
 
 _MIB = 1 << 20
 
@@ -71,7 +74,7 @@ class MemoryPlan:
         blocks = f"{self.num_blocks} blocks of {self.block_size}: {self.kv_cache_tokens} tokens"
         return [
             ("weights", self.weights_bytes, "as in the file"),
-            ("workspace", self.workspace_bytes, "activations and logits"),
+            ("workspace", self.workspace_bytes, "activations, logits, block tables"),
             ("KV cache", self.kv_cache_bytes, f"{blocks}, longest sequence {self.max_model_len}"),
             ("total", self.total_bytes, f"of {mib(self.usable_bytes)} that may be used"),
             ("available", self.available_bytes, f"on {self.device}, before loading"),
@@ -97,14 +100,15 @@ def make_plan(
         sizes.cache_block_bytes(engine.block_size, layer.attention.num_kv_heads, layer.attention.head_dim)
         for layer in config.layers
     )
-    workspace_bytes = sizes.workspace_bytes(_limits(engine, wanted_len), _widest(config), config.vocab_size)
+    limits = _limits(engine, wanted_len)
+    workspace_bytes = sizes.workspace_bytes(limits, _widest(config), config.vocab_size) + _table_bytes(limits)
     usable_bytes = int(available_bytes * device.memory_fraction)
     num_fitting = (usable_bytes - weights_bytes - workspace_bytes) // block_bytes  # may be negative
     num_least = 1 + _num_blocks(shortest_len, engine)
     if device.kv_cache_size_mb is None:
         num_blocks = min(_wanted_blocks(wanted_len, engine), num_fitting)
     else:
-        num_blocks = device.kv_cache_size_mb * _MIB // block_bytes
+        num_blocks = min(device.kv_cache_size_mb * _MIB // block_bytes, MAX_BLOCKS)
         if num_blocks < num_least:
             raise InsufficientMemory(
                 f"a KV cache of {device.kv_cache_size_mb} MiB cannot hold a sequence of {shortest_len} "
@@ -130,7 +134,7 @@ def make_plan(
         block_size=engine.block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
-        notes=_notes(config, wanted_len, max_model_len),
+        notes=_notes(config, engine, max_model_len),
     )
 
 
@@ -144,12 +148,12 @@ def mib(num_bytes: int) -> str:
 
 
 def _wanted_model_len(config: ModelConfig, engine: EngineConfig) -> int:
+    longest = min(config.context_length, (MAX_BLOCKS - 1) * engine.block_size)
     if engine.max_model_len is None:
-        return config.context_length
-    if not 1 <= engine.max_model_len <= config.context_length:
+        return longest
+    if not 1 <= engine.max_model_len <= longest:
         raise InvalidConfiguration(
-            f"max_model_len is {engine.max_model_len}; {quoted(config.name)} allows 1 to "
-            f"{config.context_length}"
+            f"max_model_len is {engine.max_model_len}; {quoted(config.name)} allows 1 to {longest}"
         )
     return engine.max_model_len
 
@@ -160,7 +164,7 @@ def _num_blocks(num_tokens: int, engine: EngineConfig) -> int:
 
 def _wanted_blocks(model_len: int, engine: EngineConfig) -> int:
     each = _num_blocks(min(model_len, TOKENS_PER_SEQUENCE), engine)
-    return 1 + max(engine.max_num_seqs * each, _num_blocks(model_len, engine))
+    return min(1 + max(engine.max_num_seqs * each, _num_blocks(model_len, engine)), MAX_BLOCKS)
 
 
 def _limits(engine: EngineConfig, model_len: int) -> Limits:
@@ -170,6 +174,11 @@ def _limits(engine: EngineConfig, model_len: int) -> Limits:
         max_blocks_per_row=_num_blocks(model_len, engine),
         block_size=engine.block_size,
     )
+
+
+def _table_bytes(limits: Limits) -> int:
+    """The block tables of a step's inputs: int32, as wide for every row as for the longest."""
+    return 4 * limits.max_rows * limits.max_blocks_per_row
 
 
 def _widest(config: ModelConfig) -> int:
@@ -182,8 +191,8 @@ def _widest(config: ModelConfig) -> int:
     return max(widths)
 
 
-def _notes(config: ModelConfig, wanted_len: int, max_model_len: int) -> tuple[str, ...]:
-    if max_model_len == wanted_len:
+def _notes(config: ModelConfig, engine: EngineConfig, max_model_len: int) -> tuple[str, ...]:
+    if max_model_len == (engine.max_model_len or config.context_length):
         return ()
-    trained = f"{quoted(config.name)} was trained for {wanted_len} tokens"
-    return (f"{trained}; memory holds {max_model_len}, so longer requests are refused",)
+    trained = f"{quoted(config.name)} was trained for {config.context_length} tokens"
+    return (f"{trained}; the KV cache holds {max_model_len}, so longer requests are refused",)
