@@ -164,6 +164,21 @@ def test_arguments_as_json_text(vocabularies: Vocabularies) -> None:
     assert '"arguments": "{not json"}' in template.render(**conversation)
 
 
+def test_arguments_that_are_no_usual_json_stay_text(smollm2: Tokenizer):
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments is string }}")
+    for arguments in (
+        '{"a":' + "[" * 900 + "]" * 900 + "}",  # deep enough for Python to give up later
+        '{"a":' + "[" * 90_000 + "]" * 90_000 + "}",
+        '{"a": ' + "9" * 4000 + "}",
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a":',
+    ):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        ids = template.encode(smollm2, [{"role": "assistant", "content": "", "tool_calls": [call]}])
+        assert smollm2.decode(ids) == "True"
+    template.close()
+
+
 def test_what_templates_can_use():
     source = (
         "{%- for i in range(9) -%}{%- if i == 2 -%}{%- continue -%}{%- endif -%}{%- if i > 3 -%}{%- break -%}"
@@ -224,6 +239,15 @@ def test_messages_are_nested_so_far(simple: ChatTemplate) -> None:
 def test_extra_variables_replace_none(simple: ChatTemplate, name: str) -> None:
     with pytest.raises(InvalidParameter, match=f"may not set {name}"):
         simple.render([user("a")], extra={name: "x"})
+
+
+def test_integers_have_64_bits(simple: ChatTemplate) -> None:
+    message = [{"role": "user", "content": "a"}]
+    for number in (2**64 - 1, 1 - 2**64):
+        assert simple.render(message, extra={"number": number})
+    for number in (2**64, -(2**64), 10**5000):
+        with pytest.raises(InvalidParameter, match="an integer of more than 64 bits"):
+            simple.render(message, extra={"number": number})
 
 
 def test_the_templates_own_exception(simple: ChatTemplate) -> None:

@@ -25,6 +25,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 MAX_SOURCE = 1 << 20  # characters
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
+_ARGUMENTS_DEPTH = 4  # of them in a message: tool_calls, a call, its function, its arguments
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
 
@@ -189,8 +190,8 @@ def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
         arguments = cast("dict[str, Any]", function).get("arguments")
         if isinstance(arguments, str):
             try:
-                parsed = json.loads(arguments)
-            except (ValueError, RecursionError):
+                parsed = plain(json.loads(arguments), "arguments", _ARGUMENTS_DEPTH)
+            except (ValueError, RecursionError, InvalidParameter):
                 continue  # the model wrote it; the template shows it as it is
             if isinstance(parsed, dict):
                 function["arguments"] = parsed

@@ -20,6 +20,7 @@ _PRIVATE = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 _GRAM = 3  # characters of a name that make a place suspicious
 _MANY = 256  # different beginnings of names from which their first character is suspicious by itself
 MAX_DEPTH = 64
+_MAX_INTEGER = 2**64  # what JSON readers agree on; Python would refuse to write longer ones
 
 Plain = str | int | float | bool | None | list[Any] | dict[str, Any]
 
@@ -130,6 +131,8 @@ def plain(value: object, where: str, depth: int = 0) -> Plain:
     """A copy as plain JSON data. Raises InvalidParameter naming `where` for anything else."""
     if depth > MAX_DEPTH:
         raise InvalidParameter(f"{where} is nested more than {MAX_DEPTH} deep", param=where)
+    if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+        raise InvalidParameter(f"{where} has an integer of more than 64 bits", param=where)
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):
