@@ -30,18 +30,27 @@ static int features(void) {
 }
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) & 1 << 20) != 0; } /* HWCAP_ASIMDDP */
+#elif defined(__aarch64__)
+static int has_dotprod(void) { return 1; } /* Apple's processors all have it */
+#endif
+
 static const orcd_kernels *available(const char *name) {
   if (strcmp(name, orcd_scalar_kernels.name) == 0) return &orcd_scalar_kernels;
 #ifdef __x86_64__
   const int has = features();
   if (strcmp(name, orcd_avx2_kernels.name) == 0 && has & AVX2_FMA) return &orcd_avx2_kernels;
   if (strcmp(name, orcd_avx512_kernels.name) == 0 && has & AVX512_VNNI) return &orcd_avx512_kernels;
+#elif defined(__aarch64__)
+  if (strcmp(name, orcd_neon_kernels.name) == 0 && has_dotprod()) return &orcd_neon_kernels;
 #endif
   return NULL;
 }
 
 __attribute__((constructor)) static void choose(void) {
-  static const char *const best_first[] = {"avx512vnni", "avx2", "scalar"};
+  static const char *const best_first[] = {"avx512vnni", "avx2", "neon", "scalar"};
   for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++) {
     const orcd_kernels *kernels = available(best_first[i]);
     if (kernels == NULL) continue;

@@ -126,6 +126,9 @@ SMALL_FORMATS(DECLARE_FLOAT_DOT) /* linear_float.c */
 K_FORMATS(DECLARE_FLOAT_DOT)
 FLOAT_FORMATS(DECLARE_FLOAT_DOT)
 #endif
+#ifdef __aarch64__
+extern const orcd_kernels orcd_neon_kernels;
+#endif
 /* What isa.c chose. */
 const orcd_kernels *orcd_kernels_in_use(void);
 
