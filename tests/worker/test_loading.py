@@ -16,7 +16,13 @@ from worker_bench import TEMPLATE, tiny_file
 from worker_orcd import hub, worker
 from worker_orcd.config import ServerConfig, WorkerConfig
 from worker_orcd.engine.messages import Output, Submit
-from worker_orcd.errors import InsufficientMemory, InvalidConfiguration, InvalidModelFile, ModelNotFound
+from worker_orcd.errors import (
+    InsufficientMemory,
+    InvalidConfiguration,
+    InvalidModelFile,
+    InvalidParameter,
+    ModelNotFound,
+)
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, SamplingParams
@@ -112,6 +118,16 @@ def test_a_given_template_replaces_the_models(config: WorkerConfig, tmp_path: Pa
     given.unlink()
     with pytest.raises(InvalidConfiguration, match=r"chat\.jinja cannot be read"):
         load(chosen)
+
+
+def test_what_a_template_makes_of_messages_is_bounded_like_any_prompt(config: WorkerConfig, tmp_path: Path):
+    given = tmp_path / "chat.jinja"
+    given.write_text("{{ messages[0]['content'] * 3 }}")
+    loaded = load(replace(config, server=ServerConfig(chat_template=given, max_prompt_chars=30)))
+    assert len(loaded.chat_template.render([{"role": "user", "content": "a" * 10}])) == 30
+    with pytest.raises(InvalidParameter, match="longer than 30 characters"):
+        loaded.chat_template.render([{"role": "user", "content": "a" * 11}])
+    loaded.close()
 
 
 def test_too_little_memory_is_said_in_bytes(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch):

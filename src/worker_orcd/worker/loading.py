@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker_orcd import hub
-from worker_orcd.config import DeviceConfig, EngineConfig, WorkerConfig
+from worker_orcd.config import DeviceConfig, EngineConfig, ServerConfig, WorkerConfig
 from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.engine.engine import Engine, Publish, ignore_failure
 from worker_orcd.engine.messages import StepObserver
@@ -30,6 +30,7 @@ from worker_orcd.runner.memory import available_memory
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.text.chat import ChatTemplate
+from worker_orcd.text.template_process import RenderLimits
 from worker_orcd.text.tokenizer import Tokenizer, load_tokenizer
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
@@ -99,7 +100,7 @@ def load(config: WorkerConfig, *, warn: Warn, on_progress: Progress | None = Non
             raise InvalidModelFile(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the network knows {model.vocab_size}"
             )
-        template, no_template = _chat_template(config.server.chat_template, file, tokenizer, warn)
+        template, no_template = _chat_template(config.server, file, tokenizer, warn)
         if template is not None:
             undo.callback(template.close)
         worded = clock.lap()
@@ -181,9 +182,10 @@ def _plan(
 
 
 def _chat_template(
-    override: Path | None, file: GGUFFile, tokenizer: Tokenizer, warn: Warn
+    server: ServerConfig, file: GGUFFile, tokenizer: Tokenizer, warn: Warn
 ) -> tuple[ChatTemplate | None, str]:
     """The template, or why there is none: a model whose own template is broken still completes text."""
+    override = server.chat_template
     if override is not None:
         try:
             source = override.read_text(encoding="utf-8")
@@ -201,7 +203,8 @@ def _chat_template(
         for token_id in (tokenizer.bos_id, tokenizer.eos_id)
     )
     try:
-        return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token), ""
+        limits = RenderLimits(max_chars=server.max_prompt_chars)
+        return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token, limits=limits), ""
     except InvalidModelFile as error:
         if override is not None:
             raise InvalidConfiguration(f"{override.name}: {error.message}") from None
