@@ -106,12 +106,30 @@ def test_a_terminal_gets_sentences():
     assert not Narration("json", stream=Terminal()).is_pretty
 
 
+def test_tables_are_for_people():
+    stream = io.StringIO()
+    Narration("json", stream=stream).show(["weights  1 MiB"])
+    assert stream.getvalue() == ""
+    Narration("pretty", stream=stream).bind(job_id="j").show(["weights  1 MiB", "total  2 MiB"])
+    assert stream.getvalue() == "weights  1 MiB\ntotal  2 MiB\n"
+
+
+def test_what_takes_the_place_of_stderr_gets_the_lines(monkeypatch: pytest.MonkeyPatch):
+    narration = Narration("json")
+    bar = io.StringIO()
+    monkeypatch.setattr("sys.stderr", bar)
+    narration.tell("warning", "Beside the bar.")
+    assert "Beside the bar." in bar.getvalue()
+
+
 def test_a_closed_stream_is_nobodys_problem():
     stream = io.StringIO()
     narration = Narration("json", stream=stream)
     stream.close()
     narration.tell("ready", "Nobody hears it.")
     narration.warn("Nor this.")
+    narration = Narration("pretty", stream=stream)
+    narration.show(["Nor this."])
 
 
 def test_lines_of_several_threads_do_not_mix():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -21,6 +22,7 @@ Event = Literal[
     "startup",
     "model_load_start",
     "model_load_progress",
+    "memory_plan",
     "model_load_complete",
     "ready",
     "execute_start",
@@ -35,6 +37,19 @@ Style = Literal["auto", "json", "pretty"]
 _DIGEST_CHARS = 12
 
 
+class _Stderr:
+    """sys.stderr as it is when something is written: a progress bar takes its place to keep lines apart."""
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class Narration:
     """Writes events to one stream (stderr by default). Safe to use from several threads."""
 
@@ -46,7 +61,8 @@ class Narration:
         log_prompts: bool = False,
         **fields: object,
     ) -> None:
-        out = sys.stderr if stream is None else stream
+        out: Any = _Stderr() if stream is None else stream
+        self._out = out
         self.is_pretty = style == "pretty" or (style == "auto" and out.isatty())
         self._log_prompts = log_prompts
         self._learnt = dict[str, Any]()  # shared with every narrator bound from this one
@@ -61,6 +77,7 @@ class Narration:
     def bind(self, **fields: object) -> Narration:
         """The same narrator with these fields in every event. None leaves a field out."""
         bound = object.__new__(Narration)
+        bound._out = self._out
         bound.is_pretty = self.is_pretty
         bound._log_prompts = self._log_prompts
         bound._learnt = self._learnt
@@ -88,6 +105,15 @@ class Narration:
     def warn(self, sentence: str) -> None:
         """A `warning` without fields: what other layers take as their `warn` callback."""
         self.tell("warning", sentence)
+
+    def show(self, lines: Iterable[str]) -> None:
+        """A table for people. Nothing where events are JSON: there an event's fields say the same."""
+        if self.is_pretty:
+            try:
+                self._out.write("".join(f"{line}\n" for line in lines))
+                self._out.flush()
+            except (OSError, ValueError):
+                return
 
     def text_fields(self, name: str, text: str) -> dict[str, object]:
         """What may be told of a prompt or a completion: `<name>_sha256` (a prefix) and `<name>_chars`."""

@@ -59,7 +59,8 @@ def start(config: WorkerConfig) -> Start:
         wanted = replace(config, **changes)
         log = io.StringIO()
         status = Status(worker_id=wanted.worker_id or "", model_ref=model_ref(wanted.model))
-        narration = Narration("json", stream=log, worker_id=status.worker_id, model_ref=status.model_ref)
+        style = "pretty" if wanted.server.narration == "pretty" else "json"
+        narration = Narration(style, stream=log, worker_id=status.worker_id, model_ref=status.model_ref)
         with listen(wanted.server) as listener:
             uri = uri_of(listener, wanted.server)
             worker = Worker(wanted, status, narration, listener, token, None)

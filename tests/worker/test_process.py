@@ -65,8 +65,21 @@ async def test_it_answers_while_it_loads_and_then_serves(start: Start, monkeypat
     assert names[:2] == ["startup", "model_load_start"] and names[-2:] == ["shutdown", "shutdown"]
     progress = [e["percent"] for e in running.events("model_load_progress")]
     assert progress == [0, 25, 50, 75, 100]
+    assert names.index("memory_plan") < names.index("model_load_complete")
     assert names.index("model_load_complete") < names.index("ready") < names.index("execute_start")
+    sizes = running.events("memory_plan")[0]["bytes"]
+    assert sizes["weights"] + sizes["workspace"] + sizes["KV cache"] == sizes["total"]
     assert running.events("execute_end")[0]["device"] == "cpu"
+
+
+async def test_people_see_the_memory_plan_as_a_table(start: Start):
+    async with start(server=ServerConfig(port=0, narration="pretty")) as running:
+        await running.until_ready()
+    lines = running.log.getvalue().splitlines()
+    [first] = [i for i, line in enumerate(lines) if "The model takes" in line]
+    table = [line.split() for line in lines[first + 1 : first + 6]]
+    assert [row[0] for row in table] == ["weights", "workspace", "KV", "total", "available"]
+    assert all("MiB" in row for row in table)
 
 
 async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytest.MonkeyPatch):

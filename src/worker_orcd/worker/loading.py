@@ -79,11 +79,18 @@ class LoadedModel:
         self.backend.close()
 
 
-def load(config: WorkerConfig, *, warn: Warn, on_progress: Progress | None = None) -> LoadedModel:
+def load(
+    config: WorkerConfig,
+    *,
+    warn: Warn,
+    on_progress: Progress | None = None,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
+) -> LoadedModel:
     """Load the model that `config` names. Raises LoadError; what was begun is undone.
 
     `on_progress(stage, done, total)` is told of bytes, on this thread and while downloading on a library's;
     the stages are those of `hub.resolve`, then "checking SHA-256" where asked for, then "loading weights".
+    `on_plan` is told, on this thread, what the model will take before any of it is taken.
     """
     report = on_progress or _silent
     clock = _Clock()
@@ -107,6 +114,8 @@ def load(config: WorkerConfig, *, warn: Warn, on_progress: Progress | None = Non
         backend = select_backend(config.device, warn)
         undo.callback(backend.close)
         plan = _plan(file, model, backend, config.engine, config.device)
+        if on_plan is not None:
+            on_plan(plan)
         for note in plan.notes:
             warn(note)
         weights = load_weights(

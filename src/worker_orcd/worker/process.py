@@ -47,11 +47,13 @@ from worker_orcd.worker.listening import listen, uri_of
 from worker_orcd.worker.progress import LoadProgress, LoadStopped
 
 if TYPE_CHECKING:
+    from worker_orcd.runner.plan import MemoryPlan
     from worker_orcd.worker.loading import LoadedModel
 
 WORKER_TYPE = "gguf"
 _CANCEL_SECONDS = 2.0  # for streams to say that they were cancelled
 _CLOSE_SECONDS = 3.0  # for connections to close
+_MIB = 1 << 20
 _STEP_SECONDS = 10.0  # for the step in flight, and for loading to notice that it should stop
 
 Drawing = Callable[[], contextlib.AbstractContextManager[Progress]]
@@ -202,7 +204,12 @@ class Worker:
 
                 with self._drawing() as draw:
                     progress = self._progress = LoadProgress(self._narration, on_percent, draw)
-                    loaded = load(self._config, warn=self._narration.warn, on_progress=progress)
+                    loaded = load(
+                        self._config,
+                        warn=self._narration.warn,
+                        on_progress=progress,
+                        on_plan=self._tell_plan,
+                    )
             except BaseException as error:
                 failure = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended without us
@@ -258,19 +265,27 @@ class Worker:
             context_length=loaded.plan.max_model_len,
         )
 
-    def _tell_loaded(self, loaded: LoadedModel) -> None:
+    def _tell_plan(self, plan: MemoryPlan) -> None:
+        """On the thread that loads."""
         pretty = self._narration.is_pretty
+        self._narration.tell(
+            "memory_plan",
+            f"The model takes {plan.total_bytes / _MIB:,.0f} MiB on {plan.device}.",
+            bytes=None if pretty else {what: num_bytes for what, num_bytes, _remark in plan.rows()},
+            max_model_len=None if pretty else plan.max_model_len,
+        )
+        self._narration.show(
+            f"  {what:<12}{num_bytes / _MIB:>12,.1f} MiB  {remark}" for what, num_bytes, remark in plan.rows()
+        )
+
+    def _tell_loaded(self, loaded: LoadedModel) -> None:
         self._narration.learn(device=loaded.backend.name)
         self._narration.tell(
             "model_load_complete",
             f"{loaded.model_id} ({loaded.config.architecture}, {loaded.quant_kind}) is loaded on"
             f" {loaded.backend.name}: {loaded.backend.description}.",
             seconds=round(loaded.timings.total, 3),
-            memory_plan=None if pretty else {what: size for what, size, _remark in loaded.plan.rows()},
         )
-        if pretty:
-            for what, num_bytes, remark in loaded.plan.rows():
-                print(f"  {what:<12}{num_bytes / 2**20:>12,.1f} MiB  {remark}", file=sys.stderr)
 
     def _announcement(self, loaded: LoadedModel, uri: str) -> dict[str, object]:
         return {
