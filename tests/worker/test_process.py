@@ -80,6 +80,7 @@ async def test_people_see_the_memory_plan_as_a_table(start: Start):
     table = [line.split() for line in lines[first + 1 : first + 6]]
     assert [row[0] for row in table] == ["weights", "workspace", "KV", "total", "available"]
     assert all("MiB" in row for row in table)
+    assert max(map(len, lines[first + 1 : first + 6])) <= 80
 
 
 async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytest.MonkeyPatch):

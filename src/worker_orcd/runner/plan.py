@@ -71,11 +71,11 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table; the last row is the available memory."""
-        blocks = f"{self.num_blocks} blocks of {self.block_size}: {self.kv_cache_tokens} tokens"
+        tokens = f"{self.kv_cache_tokens} tokens in {self.num_blocks} blocks"
         return [
             ("weights", self.weights_bytes, "as in the file"),
             ("workspace", self.workspace_bytes, "activations, logits, block tables"),
-            ("KV cache", self.kv_cache_bytes, f"{blocks}, longest sequence {self.max_model_len}"),
+            ("KV cache", self.kv_cache_bytes, f"{tokens}, at most {self.max_model_len} each"),
             ("total", self.total_bytes, f"of {mib(self.usable_bytes)} that may be used"),
             ("available", self.available_bytes, f"on {self.device}, before loading"),
         ]
