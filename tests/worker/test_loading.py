@@ -24,6 +24,7 @@ from worker_orcd.errors import (
     ModelNotFound,
 )
 from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.gguf.writer import GGUFWriter
 from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, SamplingParams
 from worker_orcd.worker import loading
@@ -75,6 +76,28 @@ def test_the_digest_is_checked_first(config: WorkerConfig, tiny_model: Path):
     loaded.close()
     with pytest.raises(InvalidModelFile, match="SHA-256"):
         load(replace(config, model_sha256="0" * 64))
+
+
+def test_one_digest_is_not_taken_for_that_of_many_files(config: WorkerConfig, tmp_path: Path):
+    first = tmp_path / "tiny-00001-of-00002.gguf"
+    tiny_file(**{"split.no": 0, "split.count": 2}).write(first)
+    with GGUFWriter(tmp_path / "tiny-00002-of-00002.gguf") as second:
+        second.add("split.no", 1)
+        second.add("split.count", 2)
+    split = replace(config, model=str(first))
+    with pytest.raises(InvalidConfiguration, match="digest of one file; this model has 2"):
+        load(replace(split, model_sha256=hub.file_sha256(first)))
+    loaded = load(split)
+    assert loaded.sha256 is None and loaded.model_id == "tiny"
+    loaded.close()
+
+
+def test_a_gpu_is_not_chosen_in_vain(config: WorkerConfig, tiny_model: Path):
+    chosen = replace(config, device=replace(config.device, gpu_index=1))
+    with pytest.raises(InvalidConfiguration, match="gpu_device is 1, but the model would run on cpu"):
+        load(chosen)
+    with GGUFFile(tiny_model) as file, pytest.raises(InvalidConfiguration, match="gpu_device is 1"):
+        worker.plan_memory(file, chosen)
 
 
 def test_what_is_not_there_is_said(config: WorkerConfig, tmp_path: Path):

@@ -64,6 +64,11 @@ class GGUFFile:
         self.file_bytes = sum(len(part_map) for part_map in maps)
         self._maps = maps
 
+    @property
+    def num_parts(self) -> int:
+        """Files that it was opened from; 0 once it is closed."""
+        return len(self._maps)
+
     def data(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, (nbytes,) uint8, a read-only view of the mapping."""
         tensor = self.tensors.get(name)

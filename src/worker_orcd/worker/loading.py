@@ -100,6 +100,10 @@ def load(
         hub.check_sha256(path, config.model_sha256, report)
     with contextlib.ExitStack() as undo:
         file = undo.enter_context(GGUFFile(path))
+        if config.model_sha256 is not None and file.num_parts > 1:
+            raise InvalidConfiguration(
+                f"model_sha256 is the digest of one file; this model has {file.num_parts}"
+            )
         model = configure(file)
         read = clock.lap()
         tokenizer = load_tokenizer(file.metadata, config.tokenizer)
@@ -111,7 +115,7 @@ def load(
         if template is not None:
             undo.callback(template.close)
         worded = clock.lap()
-        backend = select_backend(config.device, warn)
+        backend = _backend(config.device, warn)
         undo.callback(backend.close)
         plan = _plan(file, model, backend, config.engine, config.device)
         if on_plan is not None:
@@ -146,7 +150,7 @@ def load(
 
 def plan_memory(file: GGUFFile, config: WorkerConfig) -> MemoryPlan:
     """What serving this file would take on this machine now. Loads no weights. Raises LoadError."""
-    backend = select_backend(config.device, _no_warning)
+    backend = _backend(config.device, _no_warning)
     try:
         return _plan(file, configure(file), backend, config.engine, config.device)
     finally:
@@ -182,6 +186,16 @@ class _Clock:
     def lap(self) -> float:
         last, self._last = self._last, time.monotonic()
         return self._last - last
+
+
+def _backend(device: DeviceConfig, warn: Warn) -> Backend:
+    backend = select_backend(device, warn)
+    if device.gpu_index and backend.name != "cuda":
+        backend.close()
+        raise InvalidConfiguration(
+            f"gpu_device is {device.gpu_index}, but the model would run on {backend.name}, which is no GPU"
+        )
+    return backend
 
 
 def _plan(
