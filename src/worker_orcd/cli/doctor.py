@@ -74,15 +74,8 @@ def _versions() -> Finding:
 
 
 def _cpu(here: machine.Machine) -> Finding:
-    sets = here.instruction_sets
-    text = (
-        f"{here.cpu} ({here.architecture}): {', '.join(sets) or 'no vector extension that the kernels use'}"
-    )
-    if here.architecture == "x86_64" and not {"avx2", "fma", "f16c"} <= set(sets):
-        return Finding("CPU", "note", text, "without AVX2, FMA and F16C the kernels run scalar code: slow")
-    if here.architecture != "x86_64":
-        return Finding("CPU", "note", text, "only x86-64 has vector kernels; others run scalar code: slow")
-    return Finding("CPU", "ok", text)
+    sets = ", ".join(here.instruction_sets) or "no vector extension that the kernels use"
+    return Finding("CPU", "ok", f"{here.cpu} ({here.architecture}): {sets}")
 
 
 def _cores(here: machine.Machine) -> Finding:
@@ -125,7 +118,10 @@ def _kernels() -> Finding:
     except LibraryUnavailable as error:
         reason = str(error).splitlines()[0]
         return Finding("CPU kernels", "note", reason, "the reference backend will be used: much slower")
-    return Finding("CPU kernels", "ok", f"native library, ABI {library.abi_version}")
+    text = f"native library, {library.isa} instructions"
+    if library.isa == "scalar":
+        return Finding("CPU kernels", "note", text, "this processor has none that the kernels know: slow")
+    return Finding("CPU kernels", "ok", text)
 
 
 def _gpu(root: Path) -> Finding:

@@ -14,8 +14,8 @@ from worker_orcd.kernels.cpu.cores import usable_cores
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
 
 LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2", "fastapi", "starlette", "uvicorn", "pydantic")
-# What the CPU kernels know how to use, best last.
-INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
+# What the CPU kernels know how to use, as the Linux kernel spells it.
+INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimd", "asimddp")
 _ROOT = Path("/")
 
 
