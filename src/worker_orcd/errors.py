@@ -29,7 +29,7 @@ Everything that can go wrong, by whose move comes next.
     - Internal
 
 Messages name the parameter, key or tensor, what was found and what is allowed; never a path of the host,
-an address or a traceback. `code` is the wire code of SPEC §4; `server.app` maps it to an HTTP status.
+an address or a traceback. `code` is the code on the wire; `server.failures` maps it to an HTTP status.
 """
 
 from __future__ import annotations
