@@ -231,11 +231,14 @@ float orcd_row_minimum(int32_t format, const uint8_t *block, int r) {
 
 static int stored_level(int32_t format, const uint8_t *body, int r, int half, int j, int i) {
   const uint8_t *at = body + 4 * r + i;
-  const int nibble = at[64 * j] >> 4 * half & 15;
   switch (format) {
     case Q8_0: return (int8_t)at[64 * (4 * half + j)];
     case Q2_K: return at[64 * half] >> 2 * j & 3;
     case Q3_K: return (at[64 * half] >> 2 * j & 3) | (at[128] >> (4 * half + j) & 1) << 2;
+    default: break;
+  }
+  const int nibble = at[64 * j] >> 4 * half & 15;
+  switch (format) {
     case Q5_0:
     case Q5_1:
     case Q5_K: return nibble | (at[256] >> (4 * half + j) & 1) << 4;
