@@ -69,7 +69,7 @@ async def measure(worker: WorkerProcess, jobs: Sequence[Job], rounds: int, sampl
         print(f"{at_start['model']} on {at_start['device']}\n", flush=True)
         found = await crowd.run_alone()
         show("jobs alone, cold and warm: equal", f"{len(jobs):8} jobs, {found} tokens found in the cache")
-        slow += await measure_rounds(worker, crowd, rounds, at_start["context_length"])
+        slow += await measure_rounds(worker, crowd, rounds)
         await until_idle(client, free)
         print(
             f"\n{'blocks back after':<44}{'median':>8} {'p99':>8} {'max':>8}   ms; beyond the step",
@@ -89,7 +89,7 @@ async def measure(worker: WorkerProcess, jobs: Sequence[Job], rounds: int, sampl
     return slow
 
 
-async def measure_rounds(worker: WorkerProcess, crowd: Crowd, rounds: int, context: int) -> list[str]:
+async def measure_rounds(worker: WorkerProcess, crowd: Crowd, rounds: int) -> list[str]:
     """The crowd, while /health is polled and others make mischief in every other round."""
     cpu, own, began = worker.cpu_seconds(), time.process_time(), time.monotonic()
     poller = HealthPoller(worker.port)
@@ -98,7 +98,7 @@ async def measure_rounds(worker: WorkerProcess, crowd: Crowd, rounds: int, conte
         salt = f"crowd-{number // 2}"  # cold, then warm
         among: list[asyncio.Task[Any]] = []
         if number % 2:
-            among.append(asyncio.create_task(make_mischief(crowd, context)))
+            among.append(asyncio.create_task(make_mischief(crowd.client)))
         done.append(await crowd.run_together(salt, among=among))
     seconds = time.monotonic() - began
     health = poller.stop()
@@ -126,7 +126,7 @@ def main() -> int:
         "--option", action="append", default=[], help="of the worker, as --option=--cpu-threads=1"
     )
     given = parser.parse_args()
-    jobs = make_jobs(CROWD, words=(4, 24, 80, 240), tokens=(32, 128))
+    jobs = make_jobs(CROWD, words=(4, 24, 80, 240), tokens=(32, 128), longest=256)
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores", flush=True)
     try:
         with WorkerProcess(given.model, *WORKER_OPTIONS, *given.option) as worker:

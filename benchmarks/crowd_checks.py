@@ -48,10 +48,10 @@ _STYLES: tuple[Job, ...] = (
 )
 
 
-def make_jobs(count: int, *, words: Sequence[int], tokens: tuple[int, int]) -> list[Job]:
+def make_jobs(count: int, *, words: Sequence[int], tokens: tuple[int, int], longest: int) -> list[Job]:
     """Different prompts of about so many `words` in turn, `tokens` (least, most) to generate, every style.
 
-    Every third prompt shares its beginning with others.
+    Every third prompt shares its beginning with others; every thirteenth answer is `longest`.
     """
     draw = random.Random(1)
     beginning = " ".join(draw.choices(_WORDS, k=40)) + " "
@@ -60,7 +60,7 @@ def make_jobs(count: int, *, words: Sequence[int], tokens: tuple[int, int]) -> l
         length = words[i // len(_STYLES) % len(words)]
         prompt = " ".join(draw.choices(_WORDS, k=length))
         job = {"ignore_eos": True, **_STYLES[i % len(_STYLES)], "seed": 2**64 - 1 - i}
-        job["max_tokens"] = draw.randint(*tokens)
+        job["max_tokens"] = longest if i % 13 == 0 else draw.randint(*tokens)
         if i % 16 == 5:
             job["messages"] = [{"role": "user", "content": prompt}]
         elif i % 16 == 10:
@@ -75,12 +75,13 @@ def make_jobs(count: int, *, words: Sequence[int], tokens: tuple[int, int]) -> l
 
 
 class Crowd:
-    """Jobs on a worker, what they give alone, and checks that they give the same in company."""
+    """Jobs for a worker, what they give alone, and checks that they give the same in company."""
 
-    def __init__(self, client: Client, jobs: Sequence[Job]) -> None:
+    def __init__(self, client: Client, jobs: Sequence[Job], alone: Sequence[Answer] = ()) -> None:
+        """`alone`: what they gave before, perhaps on another worker."""
         self.client = client
         self.jobs = list(jobs)
-        self.alone: list[Answer] = []
+        self.alone = list(alone)
         self._num_sent = 0
 
     async def send(self, job: Job, salt: str) -> Exchange:
@@ -188,31 +189,39 @@ async def send_nonsense(client: Client, context_length: int) -> int:
     return len(cases)
 
 
-async def overfill(crowd: Crowd, num_free: int) -> None:
-    """Fill the queue behind a running crowd, see the next one refused, cancel the fillers as they wait."""
-    client = crowd.client
-    job = {"prompt": "Waiting is", "max_tokens": 400, "ignore_eos": True, "priority": 5}
-    names = [f"filler-{i}" for i in range(num_free)]
+async def overfill(client: Client, max_queue: int) -> int:
+    """Fill the queue behind a running crowd and more, then cancel the fillers as they wait.
+
+    Those too many are refused, the others end as cancelled. The number refused.
+    """
+    job = {"prompt": "Waiting is", "max_tokens": 1000, "ignore_eos": True, "priority": 5}
+    names = [f"filler-{i}" for i in range(max_queue + 1)]
     fillers = [await client.start("POST", "/execute", {**job, "job_id": name}) for name in names]
-    refused = await client.fetch("POST", "/execute", {**job, "job_id": "one too many"})
-    code = refused.json()["error"]["code"]
-    require((refused.status, code) == (503, "QUEUE_FULL"), f"a full queue said {refused.status} {code}")
-    require(int(refused.headers.get("retry-after", "0")) > 0, "a full queue said nothing of Retry-After")
+    await client.until(lambda health: health["running"] + health["waiting"] == max_queue, "the queue is full")
     again = await client.fetch("POST", "/execute", {**job, "job_id": names[0]})
     require(again.status == 409 and names[0] in again.json()["error"]["message"], f"a duplicate: {again}")
-    for name in names:
-        response = await client.fetch("POST", "/cancel", {"job_id": name})
-        require(response.status == 202 and response.json()["running"], f"cancelling: {response.body!r}")
-    for filler in fillers:
-        answer = parse_answer(await filler.response())
-        require((answer.error or {}).get("code") == "CANCELLED", f"a cancelled job ended with {answer.error}")
+    cancelled = [await client.fetch("POST", "/cancel", {"job_id": name}) for name in names]
+    num_refused = 0
+    for filler, told in zip(fillers, cancelled, strict=True):
+        require(told.status == 202, f"cancelling: {told}")
+        response = await filler.response()
+        if response.status == 503:
+            require(response.json()["error"]["code"] == "QUEUE_FULL", f"a full queue said {response}")
+            require(int(response.headers.get("retry-after", "0")) > 0, "a full queue gave no Retry-After")
+            num_refused += 1
+        else:
+            error = response.json()["error"] if response.status == 499 else parse_answer(response).error
+            require((error or {}).get("code") == "CANCELLED", f"a cancelled job ended with {response}")
+        require(told.json()["running"] == (response.status != 503), f"cancelling: {told}, {response}")
+    require(num_refused, "nothing was refused by a full queue")
+    return num_refused
 
 
-async def make_mischief(crowd: Crowd, context_length: int) -> int:
-    """What must disturb nobody."""
-    count = await send_nonsense(crowd.client, context_length)
-    await overfill(crowd, SPARE_QUEUE)
-    return count
+async def make_mischief(client: Client) -> int:
+    """What must disturb nobody. The number of requests refused."""
+    health = await client.health()
+    num_bad = await send_nonsense(client, health["context_length"])
+    return num_bad + await overfill(client, health["max_queue"])
 
 
 # -- blocks come back --------------------------------------------------------------------------------------
