@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -115,3 +119,13 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
+
+
+def in_a_fresh_process(script: str) -> str:
+    """Run Python that may fork, crash or leave threads behind; returns what it prints."""
+    root = Path(__file__).parents[2]
+    path = f"import sys; sys.path[:0] = [{str(root / 'src')!r}, {str(root / 'tests')!r}]\n"
+    command = [sys.executable, "-W", "ignore", "-c", path + textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout

@@ -10,6 +10,7 @@ import pytest
 from kernels.products import (
     HALVES,
     Product,
+    in_a_fresh_process,
     make_product,
     pack,
     random_activations,
@@ -258,3 +259,56 @@ def test_rows_of_logits(library: Library) -> None:
     operation.rows = 1
     assert run(library, [operation], 4) == 0  # num_logits is 0
     assert not out.any()
+
+
+GUARDED = """
+    import ctypes, mmap, sys
+    import numpy as np
+    from dataclasses import replace
+    from kernels.products import make_product, random_activations, run, same_bits
+    from worker_orcd.kernels.cpu.build import load_library
+    from worker_orcd.kernels.cpu.library import Kind, Op
+    from worker_orcd.quant import ALL
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = []
+
+    def before_a_guard_page(data):
+        size = -(-data.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        kept.append(memory)
+        assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+        moved = np.frombuffer(memory, data.dtype, data.size, size - data.nbytes).reshape(data.shape)
+        moved[:] = data
+        return moved
+
+    library = load_library()
+    for weight_format in ALL:
+        product = make_product(library, weight_format.name, 32, 256)
+        x = random_activations(np.random.default_rng(0), 9, 256)
+        expected = {mode: product(x, mode) for mode in (8, 16, 32)}
+        guarded = replace(product, packed=before_a_guard_page(product.packed))
+        y = before_a_guard_page(x)
+        for isa in ("scalar", "avx2", "avx512vnni", "neon"):
+            if not library.force_isa(isa):
+                continue
+            for mode, whole in expected.items():
+                out = before_a_guard_page(np.zeros((9, 32), np.float32))
+                assert run(library, [guarded.operation(y, out, mode)], 9) == 0
+                assert same_bits(out, whole)
+        out = before_a_guard_page(np.zeros((32, 256), np.float32))
+        ids = before_a_guard_page(np.arange(32, dtype=np.int32))
+        operation = Op(
+            kind=Kind.EMBED, out=out.ctypes.data, ldout=256, n=32, k=256,
+            weight=guarded.packed.ctypes.data, format=weight_format.ggml_type,
+        )
+        assert run(library, [operation], 32, ids) == 0
+        assert same_bits(out, product.weights)
+    print("within bounds")
+"""
+
+
+def test_nothing_is_read_or_written_beyond_the_end() -> None:
+    """Weights, activations and results each end where a page begins that may not be touched."""
+    assert in_a_fresh_process(GUARDED) == "within bounds\n"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kernels.products import Product, make_product, random_activations, run, same_bits
+from kernels.products import (
+    Product,
+    in_a_fresh_process,
+    make_product,
+    random_activations,
+    run,
+    same_bits,
+)
 from worker_orcd.kernels.cpu.library import Kind, Library, Op
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -134,37 +136,28 @@ def test_growing_scratch_within_one_program(library: Library) -> None:
         assert same_bits(out, product(x, 8))
 
 
-def in_a_fresh_process(body: str) -> str:
-    """Run `body` after a warmed-up pool of four threads; returns what it prints."""
-    prelude = """
-        import os, sys, time
-        import numpy as np
-        from kernels.products import make_product, random_activations, same_bits
-        from worker_orcd.kernels.cpu.build import load_library
-        library = load_library()
-        product = make_product(library, "Q4_0", 512, 256)
-        x = random_activations(np.random.default_rng(0), 9, 256)
-        library.set_threads(1)
-        expected = product(x, 8)
-        library.set_threads(4)
-        assert same_bits(product(x, 8), expected)
-    """
-    script = textwrap.dedent(prelude) + textwrap.dedent(body)
-    path = f"import sys; sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT / 'tests')!r}]\n"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", path + script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+WARM = """
+    import os, sys, time
+    import numpy as np
+    from kernels.products import make_product, random_activations, same_bits
+    from worker_orcd.kernels.cpu.build import load_library
+    library = load_library()
+    product = make_product(library, "Q4_0", 512, 256)
+    x = random_activations(np.random.default_rng(0), 9, 256)
+    library.set_threads(1)
+    expected = product(x, 8)
+    library.set_threads(4)
+    assert same_bits(product(x, 8), expected)
+"""
+
+
+def with_four_warm_threads(body: str) -> str:
+    return in_a_fresh_process(textwrap.dedent(WARM) + textwrap.dedent(body))
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
     """In the child only the forking thread exists: a pool that believed otherwise would hang."""
-    said = in_a_fresh_process("""
+    said = with_four_warm_threads("""
         for _ in range(20):
             child = os.fork()
             if child == 0:
@@ -182,7 +175,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 def test_idle_threads_sleep_and_wake() -> None:
-    said = in_a_fresh_process("""
+    said = with_four_warm_threads("""
         time.sleep(0.1)
         before = time.process_time()
         time.sleep(0.5)
@@ -194,7 +187,7 @@ def test_idle_threads_sleep_and_wake() -> None:
 
 def test_a_thread_put_aside_holds_nobody_up() -> None:
     """More threads than cores, and other processes that want them: all programs still end."""
-    said = in_a_fresh_process("""
+    said = with_four_warm_threads("""
         import subprocess
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
         try:
