@@ -7,6 +7,8 @@ import hashlib
 import http.server
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -273,6 +275,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
     log: ClassVar[list[tuple[str, str, str]]] = []
     break_after: int | None = None  # bytes of the first GET's body
+    resets: bool = False  # the connection, in the middle of every body
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -297,7 +300,11 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        if body:
+        if body and kind.resets:
+            self.wfile.write(rest[:1000])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+        elif body:
             if kind.break_after is not None:
                 rest, kind.break_after = rest[: kind.break_after], None
                 self.close_connection = True
@@ -404,6 +411,15 @@ def test_hf_errors_are_told_in_our_words(fake_hub: Any, tmp_path: Path) -> None:
     for (model, why), answer in zip(expected.items(), answers, strict=True):
         assert model in answer["error"]
         assert why in answer["error"]
+
+
+@pytest.mark.slow
+def test_a_connection_that_is_lost_is_told_in_our_words(fake_hub: Any, tmp_path: Path) -> None:
+    fake_hub.files["/org/repo/resolve/main/m.gguf"] = CONTENT
+    fake_hub.resets = True
+    [answer] = resolve_in_a_process(fake_hub.endpoint, tmp_path, "hf:org/repo/m.gguf")
+    assert "'hf:org/repo/m.gguf' could not be downloaded" in answer["error"]
+    assert "check the network" in answer["error"]
 
 
 @pytest.mark.slow

@@ -304,10 +304,20 @@ def _fetch_hf_file(model: str, repo: str, revision: str | None, name: str, repor
         raise ModelNotFound(f"model {model!r}: {repo} has no file {name!r}") from error
     except (errors.HFValidationError, errors.HfHubHTTPError) as error:
         raise ModelNotFound(f"model {model!r}: {str(error).splitlines()[0]}") from error
+    except _transport_error(errors.HfHubHTTPError) as error:
+        reason = f"the connection was lost ({type(error).__name__}); check the network and try again"
+        raise ModelNotFound(f"model {model!r} could not be downloaded: {reason}") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelNotFound(f"model {model!r} could not be downloaded: {reason}") from error
     return Path(found)
+
+
+def _transport_error(answered: type[Exception]) -> type[Exception]:
+    """What the HTTP library of huggingface_hub raises where no answer arrives whole: no OSError, and which
+    library it is changes with the version. Its base class is one of that of errors in answers.
+    """
+    return next(kind for kind in answered.__mro__[1:] if issubclass(kind, Exception))
 
 
 def _reporting_bar(stage: str, report: Progress) -> type[tqdm[Any]]:
