@@ -197,6 +197,23 @@ def test_cancelling_takes_at_most_one_step_and_frees_the_blocks(bench: Bench):
     check_last_outputs(bench, numbers)
 
 
+def test_counts_are_told_while_a_step_computes(bench: Bench):
+    """A prompt that is being computed runs already; what was cancelled before holds nothing any more."""
+    seen: list[tuple[int, int]] = []
+
+    def look() -> None:
+        snapshot = bench.engine.snapshot
+        seen.append((snapshot.num_running, 199 - snapshot.kv_blocks_free))
+        if len(seen) == 1:
+            assert bench.submit([2] * 40, 50, min_tokens=50) == 1
+        elif len(seen) == 2:
+            bench.engine.send(Cancel(1))
+
+    bench.before_wait = look
+    bench.last(bench.submit([1] * 8, 4, min_tokens=4))
+    assert seen == [(1, 2), (2, 13), (1, 3), (1, 3)]
+
+
 def test_a_deadline_ends_a_running_sequence(bench: Bench):
     bench.before_wait = lambda: time.sleep(0.005)
     number = bench.submit([1, 2, 3], 400, min_tokens=400, deadline=time.monotonic() + 0.1)

@@ -44,9 +44,10 @@ def ignore_failure(_error: EngineError) -> None:
 class Engine:
     """Owns the thread, the scheduler and the runner. All state lives on the thread.
 
-    What other threads may do: `send`, `stop`, and read `snapshot`, an immutable object replaced after each
-    step. `publish`, `observer` and `on_failure` are called on the engine's thread and must not block. Outputs
-    of one sequence are published in order, and after `stop` every sequence ever sent has had its last.
+    What other threads may do: `send`, `stop`, and read `snapshot`, an immutable object replaced before a
+    step is computed and after it. `publish`, `observer` and `on_failure` are called on the engine's thread
+    and must not block. Outputs of one sequence are published in order, and after `stop` every sequence ever
+    sent has had its last.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Engine:
             self._fail(step, self._explain(error))
             return None
         self._receive(wait=False)
+        self._look()  # a step may take long: blocks given back before it must not be missed until it is over
         self._flush()
         try:
             results = pending.wait()
