@@ -100,6 +100,13 @@ def test_rope_frequencies(tmp_path: Path):
         ("llama.rope.dimension_count", 15, InvalidModelFile, r"dimension_count is 15; .* even"),
         ("llama.rope.dimension_count", 32, InvalidModelFile, r"dimension_count.*32"),
         ("llama.rope.freq_base", 0.0, InvalidModelFile, r"rope\.freq_base"),
+        (
+            "llama.rope.scaling.factor",
+            1e-9,
+            InvalidModelFile,
+            r"factor is 1e-09; allowed are 0 and 0\.001 to",
+        ),
+        ("llama.rope.scale_linear", 1e-9, InvalidModelFile, r"factor is 1e-09"),
         ("llama.rope.scaling.type", "yarn", UnsupportedArchitecture, r"scaling\.type is 'yarn'"),
         ("llama.rope.scaling.attn_factor", 0.0, InvalidModelFile, r"attn_factor"),
         ("llama.attention.causal", False, UnsupportedArchitecture, r"attention\.causal is false"),

@@ -22,7 +22,8 @@ from worker_orcd.model.tensors import EMBEDDING, OUTPUT, ROPE_FACTORS, read_vect
 _MAX_LAYERS = 1024
 _MAX_WIDTH = 1 << 20
 _MAX_HEAD_DIM = 1024
-_MAX_CONTEXT = 1 << 30  # positions and slots are int32
+_MAX_CONTEXT = 1 << 30  # positions are int32
+_MIN_LINEAR_FACTOR = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +188,12 @@ def _linear_factor(file: GGUFFile, prefix: str) -> float:
     if kind != "linear":
         raise UnsupportedArchitecture(f"{prefix}.scaling.type is {quoted(kind)}; supported: none, linear")
     legacy = metadata.number(f"{prefix}.scale_linear", low=0.0, high=1e6, default=1.0)
-    return metadata.number(f"{prefix}.scaling.factor", low=0.0, high=1e6, default=legacy) or 1.0
+    factor = metadata.number(f"{prefix}.scaling.factor", low=0.0, high=1e6, default=legacy) or 1.0
+    if factor < _MIN_LINEAR_FACTOR:  # positions over it would leave the range of floats
+        raise InvalidModelFile(
+            f"{prefix}.scaling.factor is {factor:g}; allowed are 0 and {_MIN_LINEAR_FACTOR:g} to 1e6"
+        )
+    return factor
 
 
 def _rope_factors(file: GGUFFile, count: int) -> NDArray[np.float64]:
