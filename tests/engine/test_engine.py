@@ -19,7 +19,7 @@ from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.engine.engine import Engine
 from worker_orcd.engine.messages import Cancel, Output, StepStats, Submit
 from worker_orcd.engine.scheduler import Scheduler
-from worker_orcd.errors import DeviceError, Draining, EngineError, OutOfMemory
+from worker_orcd.errors import DeviceError, Draining, EngineError, Internal, OutOfMemory
 from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, SamplingParams
 
@@ -255,16 +255,26 @@ def test_an_unexpected_exception_is_told_by_reference(bench: Bench):
 
 
 def test_failing_steps_in_a_row_end_the_engine(bench: Bench):
-    bench.before_wait = raises(OutOfMemory("none left"), times=2)
+    bench.before_wait = raises(Internal("no"), times=2)
     for _ in range(2):
         bench.last(bench.submit([1, 2, 3], 2))
     bench.last(bench.submit([1, 2, 3], 2))  # succeeds: the row of failures is broken
-    bench.before_wait = raises(OutOfMemory("none left"), times=3)
+    bench.before_wait = raises(Internal("no"), times=3)
     for _ in range(3):
-        assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
+        assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "INTERNAL"
     bench.wait_for(lambda: bench.engine.snapshot.failed)
-    assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
+    assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "INTERNAL"
     assert len(bench.failures) == 1
+
+
+def test_memory_that_runs_out_again_and_again_ends_jobs_and_not_the_engine(bench: Bench):
+    bench.before_wait = raises(OutOfMemory("none left"), times=5)
+    for _ in range(5):
+        assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
+    number = bench.submit([1, 2, 3], 5, min_tokens=5)
+    bench.last(number)
+    assert bench.tokens(number) == alone([1, 2, 3], 5, seed=number, min_tokens=5)
+    assert not bench.failures and not bench.engine.snapshot.failed
 
 
 def test_a_lost_device_ends_everything_once(bench: Bench):

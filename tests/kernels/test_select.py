@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from worker_orcd.config import DeviceConfig
 from worker_orcd.errors import InvalidConfiguration
@@ -20,6 +21,18 @@ def test_without_a_library_the_reference_runs_and_one_warning_says_so():
     assert backend.description == "torch reference, float32 activations, float32 KV cache"
     (warning,) = warnings
     assert "no C compiler found" in warning
+    assert "float32 activations instead of int8" in warning
+
+
+def test_the_substitute_has_the_threads_that_were_asked_for():
+    before = torch.get_num_threads()
+    try:
+        select_backend(DeviceConfig(cpu_threads=3), lambda _sentence: None, _unavailable)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(InvalidConfiguration, match="cpu_threads is 0; allowed are 1 to 256"):
+            select_backend(DeviceConfig(cpu_threads=0), lambda _sentence: None, _unavailable)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])

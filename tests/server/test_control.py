@@ -11,7 +11,7 @@ import pytest
 from worker_orcd.errors import DeviceError, InsufficientMemory, InvalidModelFile
 from worker_orcd.server.metrics import Histogram
 
-HEALTH_FIELDS = {  # of SPEC §4
+HEALTH_FIELDS = {  # a contract: see docs/http-api.md
     "status",
     "state",
     "model",
@@ -36,7 +36,7 @@ HEALTH_FIELDS = {  # of SPEC §4
     "capabilities",
     "protocol",
 }
-METRICS = {  # of SPEC §9
+METRICS = {  # a contract: see docs/http-api.md
     "worker_vram_bytes": "gauge",
     "worker_requests_total": "counter",
     "worker_tokens_in_total": "counter",

@@ -167,8 +167,8 @@ def test_a_failed_load_undoes_what_was_begun(config: WorkerConfig, monkeypatch: 
         closed.append("template")
         template_close(template)
 
-    def select(*args: Any) -> Any:
-        backend = backend_of(*args)
+    def select(*args: Any, **options: Any) -> Any:
+        backend = backend_of(*args, **options)
         original = backend.close
         monkeypatch.setattr(backend, "close", lambda: closed.append("backend") or original())
         return backend

@@ -5,9 +5,9 @@ A turn: schedule a step and launch it; while the device computes, take in new co
 of the step before; then wait and update. With nothing to compute the thread sleeps on its inbox.
 
 Faults. A step that fails ends its own sequences with ERROR and the engine goes on. A lost device, three
-failing steps in a row, or a fault in the engine itself end everything: every sequence gets ERROR,
-`on_failure` is told once, and later submits are answered with the same error. Callers see a reference number;
-the traceback is narrated.
+failing steps in a row (those that ran out of memory do not count), or a fault in the engine itself end
+everything: every sequence gets ERROR, `on_failure` is told once, and later submits are answered with the same
+error. Callers see a reference number; the traceback is narrated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worker_orcd.engine.messages import (
     Submit,
 )
 from worker_orcd.engine.scheduler import Scheduler
-from worker_orcd.errors import DeviceError, Draining, EngineError, Internal
+from worker_orcd.errors import DeviceError, Draining, EngineError, Internal, OutOfMemory
 from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, RowResult, Runner, Step
 
@@ -216,7 +216,8 @@ class Engine:
         return Internal(f"internal error, reference {reference}")
 
     def _fail(self, step: Step, error: EngineError) -> None:
-        self._num_failing_steps += 1
+        # Memory that ran out says nothing about the next step, which computes something else.
+        self._num_failing_steps += not isinstance(error, OutOfMemory)
         self._outputs += self._scheduler.fail(step, error.code, error.message)
         if isinstance(error, DeviceError) or self._num_failing_steps >= _MAX_FAILING_STEPS:
             self._collapse(error)

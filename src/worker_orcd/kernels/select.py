@@ -36,6 +36,11 @@ def select_backend(
     try:
         library = load(on_compile=on_compile)
     except LibraryUnavailable as error:
-        warn(f"The fast CPU kernels are not available, so the slow reference runs instead: {error}")
-        return ReferenceBackend(config.kv_cache_dtype)
+        backend = ReferenceBackend(config.kv_cache_dtype, config.cpu_threads)
+        ignored = "" if config.cpu_activations == "float32" else f" instead of {config.cpu_activations}"
+        warn(
+            "The fast CPU kernels are not available, so the slow reference runs, with float32 activations"
+            f"{ignored}: {error}"
+        )
+        return backend
     return NativeBackend(library, config)

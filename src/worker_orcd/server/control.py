@@ -52,7 +52,7 @@ async def shutdown(context: ContextOf) -> JSON:
 
 
 def health_body(context: Context) -> dict[str, Any]:
-    """Every field of SPEC §4; what is not known before the model is loaded is null."""
+    """Every documented field; what is not known before the model is loaded is null."""
     status = context.status
     running, waiting = context.metrics.running_and_waiting()
     body: dict[str, Any] = {

@@ -79,7 +79,7 @@ class Failure:
     """What a client is told, before a dialect is chosen."""
 
     status: int
-    code: str  # SPEC §4
+    code: str  # of the table in docs/http-api.md
     message: str
     retriable: bool
     openai_type: str

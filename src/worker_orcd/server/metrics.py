@@ -1,4 +1,4 @@
-"""What the worker did, for Prometheus, under the names that SPEC §9 promises.
+"""What the worker did, for Prometheus, under names that are a contract.
 
 `Metrics` is the engine's StepObserver. Engine and event loop each write their own accumulators (plain
 integers and bucket counts, a few hundred nanoseconds an event) and only a scrape makes Prometheus objects of

@@ -89,7 +89,8 @@ def load(
     """Load the model that `config` names. Raises LoadError; what was begun is undone.
 
     `on_progress(stage, done, total)` is told of bytes, on this thread and while downloading on a library's;
-    the stages are those of `hub.resolve`, then "checking SHA-256" where asked for, then "loading weights".
+    the stages are those of `hub.resolve`, "checking SHA-256" where asked for, "compiling the CPU kernels"
+    where that has not been done yet (it begins; how far it is nobody knows), then "loading weights".
     `on_plan` is told, on this thread, what the model will take before any of it is taken.
     """
     report = on_progress or _silent
@@ -115,7 +116,7 @@ def load(
         if template is not None:
             undo.callback(template.close)
         worded = clock.lap()
-        backend = _backend(config.device, warn)
+        backend = _backend(config.device, warn, lambda: report("compiling the CPU kernels", 0, 1))
         undo.callback(backend.close)
         plan = _plan(file, model, backend, config.engine, config.device)
         if on_plan is not None:
@@ -150,7 +151,7 @@ def load(
 
 def plan_memory(file: GGUFFile, config: WorkerConfig) -> MemoryPlan:
     """What serving this file would take on this machine now. Loads no weights. Raises LoadError."""
-    backend = _backend(config.device, _no_warning)
+    backend = _backend(config.device, _no_warning, lambda: None)
     try:
         return _plan(file, configure(file), backend, config.engine, config.device)
     finally:
@@ -188,8 +189,8 @@ class _Clock:
         return self._last - last
 
 
-def _backend(device: DeviceConfig, warn: Warn) -> Backend:
-    backend = select_backend(device, warn)
+def _backend(device: DeviceConfig, warn: Warn, on_compile: Callable[[], None]) -> Backend:
+    backend = select_backend(device, warn, on_compile=on_compile)
     if device.gpu_index and backend.name != "cuda":
         backend.close()
         raise InvalidConfiguration(

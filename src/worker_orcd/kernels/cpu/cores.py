@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CGROUP_QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # cgroup v2: "<quota> <period>" in microseconds, or "max <period>"
+from worker_orcd.errors import InvalidConfiguration
+
+# cgroup v2: "<quota> <period>" in microseconds, or "max <period>"
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+MAX_THREADS = 256
+
+
+def check_threads(num_threads: int) -> int:
+    """The same number. Raises InvalidConfiguration."""
+    if not 1 <= num_threads <= MAX_THREADS:
+        raise InvalidConfiguration(f"cpu_threads is {num_threads}; allowed are 1 to {MAX_THREADS}")
+    return num_threads
 
 
 def usable_cores(quota_file: Path = CGROUP_QUOTA) -> int:

@@ -33,7 +33,7 @@ from worker_orcd.kernels.backend import (
     Matrix,
     RopeParams,
 )
-from worker_orcd.kernels.cpu.cores import usable_cores
+from worker_orcd.kernels.cpu.cores import check_threads, usable_cores
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts
 from worker_orcd.kernels.cpu.library import Batch, Kind, Library, Rows
 from worker_orcd.kernels.cpu.program import (
@@ -70,9 +70,9 @@ class NativeBackend:
     def __init__(self, library: Library, config: DeviceConfig) -> None:
         """Raises InvalidConfiguration for a number of threads the pool cannot have."""
         self._library = library
-        threads = config.cpu_threads if config.cpu_threads is not None else usable_cores()
+        threads = usable_cores() if config.cpu_threads is None else check_threads(config.cpu_threads)
         if not library.set_threads(threads):
-            raise InvalidConfiguration(f"cpu_threads is {threads}; allowed are 1 to 256")
+            raise InvalidConfiguration(f"a pool of {threads} threads cannot be made")
         self._threads = threads
         self._activations = _ACTIVATIONS[config.cpu_activations]
         wide_cache = config.kv_cache_dtype == "float32" or (

@@ -7,7 +7,7 @@ their GGUF bytes and are dequantised a tile of rows at a time, so memory stays n
 It keeps the arithmetic contract of `kernels.backend` by never giving the library a shape that depends on the
 batch: sums over a row are a tree of elementwise additions, products and softmax run a token at a time, on
 freshly allocated (equally aligned) operands whose sizes follow from the weight or the token's position. Bits
-may depend on torch's thread count, which is process-global: set it once, before the first step.
+may depend on torch's thread count, which is process-global and set when the backend is made.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from worker_orcd.kernels.backend import (
     Matrix,
     RopeParams,
 )
+from worker_orcd.kernels.cpu.cores import check_threads
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
 
 TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
@@ -54,7 +55,10 @@ class ReferenceBackend:
 
     name = "cpu-reference"
 
-    def __init__(self, kv_cache_dtype: KVCacheDtype = "auto") -> None:
+    def __init__(self, kv_cache_dtype: KVCacheDtype = "auto", num_threads: int | None = None) -> None:
+        """`num_threads` becomes torch's, for the whole process; None leaves that alone."""
+        if num_threads is not None:
+            torch.set_num_threads(check_threads(num_threads))
         self._cache_dtype = torch.float16 if kv_cache_dtype == "float16" else torch.float32
         self._angles: dict[RopeParams, tuple[torch.Tensor, torch.Tensor]] = {}  # of the running step
         cache = "float16" if kv_cache_dtype == "float16" else "float32"
