@@ -91,7 +91,7 @@ void *orcd_thread_scratch(int thread, size_t bytes);
 /* Scratch shared by the chunks of a task and the task after it. Two alternating buffers. NULL when out. */
 void *orcd_shared_scratch(size_t bytes);
 
-/* ---- planners: write the tasks of an operation, return how many (1 or 2), or -EINVAL or -ENOMEM ------------- */
+/* ---- planners: write the tasks of an operation, return how many (0 to 2), or -EINVAL or -ENOMEM ------------- */
 
 int orcd_plan_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
 int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);

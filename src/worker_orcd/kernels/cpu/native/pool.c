@@ -266,11 +266,11 @@ void *orcd_thread_scratch(int thread, size_t bytes) {
   buffer *b = &pool.thread_scratch[thread];
   if (bytes <= b->bytes) return b->data;
   bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
-  void *data = allocate(bytes);
+  void *data = allocate(bytes), *outgrown = b->data;
   if (data == NULL) return NULL;
-  free(b->data);
-  b->data = data;
+  b->data = data; /* at every moment what a fork would copy is usable */
   b->bytes = bytes;
+  free(outgrown);
   return data;
 }
 
