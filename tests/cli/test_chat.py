@@ -98,6 +98,16 @@ class Terminal:
         read, self.text = self.text[: match.end()], self.text[match.end() :]
         return read
 
+    def interrupt_until(self, expression: str) -> str:
+        """Press Ctrl-C, again and again: Python's readline misses one that comes just before it waits."""
+        for _ in range(20):
+            os.killpg(self.process.pid, signal.SIGINT)
+            try:
+                return self.wait_for(expression, seconds=2.0)
+            except AssertionError:
+                continue
+        return self.wait_for(expression)
+
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
@@ -125,9 +135,11 @@ def test_a_conversation(demo_model: Path) -> None:
         terminal.type("/nonsense\n")
         assert "/reset" in terminal.wait_for(r"Ctrl-C stops the answer\..*> ")
         terminal.type("/reset\n")
-        terminal.wait_for("> ")
-        os.killpg(terminal.process.pid, signal.SIGINT)  # at the prompt it explains how to leave
-        terminal.wait_for(r"/exit to leave.*> ")
+        terminal.wait_for(r"/reset\r?\n.*> ")
+        terminal.interrupt_until(r"/exit to leave.*> ")  # at the prompt it explains how to leave
+
+        terminal.type("Say hello.\n")
+        assert "prompt tokens" in terminal.wait_for(r"Say hello.*tok/s\].*> ")
         terminal.type("/exit\n")
         assert terminal.process.wait(30) == 0
     finally:

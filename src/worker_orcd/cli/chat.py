@@ -122,21 +122,26 @@ class Chat:
         print(f"{self.engine.loaded.model_id}; /help for help, Ctrl-D to leave")
         while True:
             try:
-                line = input("> ").strip()
+                if not self._turn(fixed_seed):
+                    return
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
                 print("  (Ctrl-D or /exit to leave)")
-                continue
-            if line in ("/exit", "/quit"):
-                return
-            if line.startswith("/"):
-                self._command(line)
-            elif line:
-                if not fixed_seed:
-                    self.sampling = replace(self.sampling, seed=secrets.randbits(64))
-                self._try_to_answer(line)
+
+    def _turn(self, fixed_seed: bool) -> bool:
+        """Read a line and do what it says; False to leave."""
+        line = input("> ").strip()
+        if line in ("/exit", "/quit"):
+            return False
+        if line.startswith("/"):
+            self._command(line)
+        elif line:
+            if not fixed_seed:
+                self.sampling = replace(self.sampling, seed=secrets.randbits(64))
+            self._try_to_answer(line)
+        return True
 
     def _command(self, line: str) -> None:
         name, _, text = line.partition(" ")
@@ -153,6 +158,9 @@ class Chat:
         before = list(self.messages)
         try:
             self.answer(line)
+        except KeyboardInterrupt:  # before the answer began or after it ended
+            self.messages = before
+            raise
         except RequestError as error:
             self.messages = before
             print(f"error: {error.message} (/reset forgets the conversation)", file=sys.stderr)
