@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,25 @@ def test_the_real_model_from_start_to_stop(demo_model: Path, tmp_path: Path):
     assert "Zebras" not in log and "aquarium" not in log and "t0ken" not in log
     assert "Traceback" not in log
     assert worker.events("execute_start")[0]["prompt_sha256"]
+
+
+def test_the_page_about_http_shows_what_the_worker_answers(demo_model: Path):
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
+    request = re.search(r"curl -N \S+/execute .*? -d '(\{.*?\})'", page, re.DOTALL)
+    assert request is not None
+    shown = re.findall(r"^event: (started|token|end)\ndata: (\{.*\})$", page, re.MULTILINE)
+    assert [name for name, _ in shown] == ["started", "token", "token", "end"]
+    with process("--model", str(demo_model), "--port", free_port(), "--device", "cpu") as worker:
+        if worker.until("ready")["device"] != "cpu":
+            pytest.skip("the sample was computed by the native kernels")
+        told = [event for event in worker.execute(**json.loads(request[1])) if event[0] != "metrics"]
+    for (name, text), (found, data) in zip(shown, [*told[:3], told[-1]], strict=True):
+        known = json.loads(text.replace(",…}", "}"))
+        changing = {"started_at", "decode_time_ms"}
+        assert found == name and known.keys() <= data.keys()
+        assert {key: data[key] for key in known.keys() - changing} == {
+            key: known[key] for key in known.keys() - changing
+        }
 
 
 def test_a_bad_file_is_one_sentence_and_exit_1(tmp_path: Path):
