@@ -69,6 +69,8 @@ def test_help_is_quick(execute: Any) -> None:
 
 def test_it_runs_as_a_module_and_as_a_script(execute: Any) -> None:
     assert VERSION in execute("version").out
+    for option in ("--version", "-V"):
+        assert execute(option).out == execute("version").out
     script = Path(sys.executable).with_name("worker-orcd")
     done = subprocess.run([script, "version"], capture_output=True, text=True, check=True)
     assert done.stdout == execute("version").out
@@ -79,10 +81,10 @@ def test_it_runs_as_a_module_and_as_a_script(execute: Any) -> None:
     [
         (["sevre"], "Did you mean 'serve'?"),
         (["serve", "--prot", "1"], "--port"),
-        (["run"], "Missing argument 'MODEL'"),
+        (["run"], "model is missing: give --model"),
         (["bench", "--repeats", "0", "--model", "demo"], "--repeats"),
         (["run", "demo", "hi", "--temperature", "3"], "less than or equal to 2"),
-        (["serve", "extra"], "unexpected extra argument"),
+        (["serve", "demo", "extra"], "unexpected extra argument"),
     ],
 )
 def test_a_typing_mistake_gets_a_hint_and_status_2(invoke: Any, words: list[str], hint: str) -> None:
@@ -95,6 +97,14 @@ def test_a_typing_mistake_gets_a_hint_and_status_2(invoke: Any, words: list[str]
     ("words", "status", "line"),
     [
         (["serve"], 2, "error INVALID_CONFIGURATION: model is missing"),
+        (["serve", "a.gguf", "--model", "b.gguf"], 2, "found both 'a.gguf' and --model 'b.gguf'"),
+        (["bench", "a.gguf", "--model", "b.gguf"], 2, "found both 'a.gguf' and --model 'b.gguf'"),
+        (["run", "a.gguf", "hi", "--model", "b.gguf"], 2, "found both 'a.gguf' and --model 'b.gguf'"),
+        (["serve", "demo", "--api-key", "s3cret"], 2, "use WORKER_ORCD_API_KEY or --api-key-file"),
+        (["run", "--model", "none.gguf", "hello"], 1, "model 'none.gguf': no such file"),
+        (["inspect", "--model", "none.gguf"], 1, "model 'none.gguf': no such file"),
+        (["bench", "none.gguf"], 1, "model 'none.gguf': no such file"),
+        (["serve", "demo", "--port", "x"], 2, "error INVALID_CONFIGURATION: port (from --port)"),
         (["serve", "--model", "demo", "--port", "x"], 2, "error INVALID_CONFIGURATION: port (from --port)"),
         (
             ["serve", "--model", "m", "--host", "0.0.0.0"],
@@ -123,6 +133,7 @@ def test_an_expected_failure_is_one_line(invoke: Any, words: list[str], status: 
     assert line in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
     assert outcome.out == ""
+    assert "s3cret" not in outcome.err
 
 
 def test_warnings_about_the_environment_are_printed(invoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:

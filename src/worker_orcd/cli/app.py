@@ -29,7 +29,25 @@ def build() -> typer.Typer:
     for command in (serve, run, inspect, bench, doctor, fetch):
         app.command()(reports_errors(command))
     app.command()(version)
+    app.callback()(_options)
     return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", help="print the version and exit", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """What is given before a command; `_print_version` has done it when this is called."""
 
 
 def fetch(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker_orcd.cli import machine
-from worker_orcd.cli.options import ConfigFile, with_settings
+from worker_orcd.cli.options import ConfigFile, ModelArgument, with_model, with_settings
 from worker_orcd.cli.settings import load_config
 from worker_orcd.cli.terminal import warn, warn_all
 from worker_orcd.errors import InvalidConfiguration
@@ -29,6 +29,7 @@ BATCH_SIZES = "1,2,4,8,16"
 @with_settings(["model", "device", "engine"], without=["worker_id"])
 def bench(
     given: dict[str, Any],
+    named: ModelArgument = None,
     batch_sizes: Annotated[
         str, typer.Option(help="requests sent at the same moment", metavar="N,N,…")
     ] = BATCH_SIZES,
@@ -50,7 +51,7 @@ def bench(
     Load time, time to first token, and rates over batch sizes, through the engine that serves.
     """
     sizes = _parse_sizes(batch_sizes)
-    settings, warnings = load_config(given, config_file=config)
+    settings, warnings = load_config(with_model(given, named), config_file=config)
     warn_all(warnings)
     if plot_file is not None and find_spec("matplotlib") is None:
         raise InvalidConfiguration("--plot needs matplotlib: install worker-orcd[plot]")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker_orcd.cli.options import ConfigFile, with_settings
+from worker_orcd.cli.options import ConfigFile, ModelArgument, with_model, with_settings
 from worker_orcd.cli.settings import load_config
 from worker_orcd.cli.terminal import warn_all
 from worker_orcd.errors import InvalidConfiguration, RequestError
@@ -31,12 +31,10 @@ HELP = """\
 Ctrl-C stops the answer."""
 
 
-@with_settings(["model", "device", "engine"], without=["model", "worker_id"])
+@with_settings(["model", "device", "engine"], without=["worker_id"])
 def run(
     given: dict[str, Any],
-    model: Annotated[
-        str, typer.Argument(help="path, file: URI, hf:org/repo/file.gguf, or demo", metavar="MODEL")
-    ],
+    named: ModelArgument = None,
     prompt: Annotated[
         str | None,
         typer.Argument(help="answer this and exit (-: standard input)", metavar="PROMPT", show_default=False),
@@ -65,7 +63,9 @@ def run(
     config: ConfigFile = None,
 ) -> None:
     """Answer a prompt, or chat in the terminal."""
-    settings, warnings = load_config({"model": model, **given}, config_file=config)
+    if "model" in given and prompt is None:  # `run --model demo "Hello"`
+        named, prompt = None, named
+    settings, warnings = load_config(with_model(given, named), config_file=config)
     warn_all(warnings)
     interactive = prompt is None and sys.stdin.isatty()
     if prompt == "-" or (prompt is None and not interactive):

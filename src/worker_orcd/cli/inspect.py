@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker_orcd.cli.options import ConfigFile, with_settings
+from worker_orcd.cli.options import ConfigFile, ModelArgument, with_model, with_settings
 from worker_orcd.cli.settings import load_config
 from worker_orcd.cli.terminal import progress_bar, warn_all
 
@@ -36,12 +36,12 @@ class Planned:
     reason: str = ""
 
 
-@with_settings(["device", "engine"], without=["max_model_len"])
+@with_settings(
+    ["model", "device", "engine"], without=["model_sha256", "tokenizer", "worker_id", "max_model_len"]
+)
 def inspect(
     given: dict[str, Any],
-    model: Annotated[
-        str, typer.Argument(help="path, file: URI, hf:org/repo/file.gguf, or demo", metavar="MODEL")
-    ],
+    named: ModelArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for machines")] = False,
     context: Annotated[
         int | None, typer.Option(help="tokens to plan the memory for", metavar="N", min=1, show_default=False)
@@ -53,13 +53,14 @@ def inspect(
 
     Metadata, tensors, how the bytes divide among tensor types, and what serving it would take here.
     """
-    settings, warnings = load_config({"model": model, "max_model_len": context, **given}, config_file=config)
+    given = {"max_model_len": context, **with_model(given, named)}
+    settings, warnings = load_config(given, config_file=config)
     warn_all(warnings)
     from worker_orcd import hub
     from worker_orcd.gguf.reader import GGUFFile
 
     with progress_bar() as report:
-        path = hub.resolve(model, report)
+        path = hub.resolve(settings.model, report)
     with GGUFFile(path) as file:
         planned = _plan(file, settings)
         if as_json:

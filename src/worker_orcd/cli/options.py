@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from worker_orcd.cli.settings import PREFIX, Settings, about, allowed, choices, is_flag
+from worker_orcd.errors import InvalidConfiguration
 
 _PANELS = {
     "model": "Model",
@@ -83,6 +84,25 @@ def _metavar(name: str) -> str:
             return short
     return "TEXT"
 
+
+def with_model(given: dict[str, Any], named: str | None) -> dict[str, Any]:
+    """`given` with the model that was named without `--model`. Raises InvalidConfiguration if two differ."""
+    if named is None:
+        return given
+    option = given.get("model", named)
+    if option != named:
+        raise InvalidConfiguration(f"model: found both {named!r} and --model {option!r}; expected one model")
+    return {**given, "model": named}
+
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="path, file: URI, hf:org/repo/file.gguf, or demo (--model is the same)",
+        metavar="MODEL",
+        show_default=False,
+    ),
+]
 
 ConfigFile = Annotated[
     Path | None,

@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from worker_orcd.cli.options import ConfigFile, with_settings
+from worker_orcd.cli.options import ConfigFile, ModelArgument, with_model, with_settings
 from worker_orcd.cli.settings import load_config
 from worker_orcd.cli.terminal import progress_bar, warn_all
+from worker_orcd.errors import InvalidConfiguration
 
 
 @with_settings(["model", "device", "engine", "server", "callback"])
 def serve(
     given: dict[str, Any],
+    named: ModelArgument = None,
     config: ConfigFile = None,
     api_key_file: Annotated[
         Path | None,
@@ -26,12 +28,20 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="listen beyond this machine without an API key")
     ] = False,
+    api_key: Annotated[str | None, typer.Option("--api-key", hidden=True)] = None,
 ) -> None:
     """Load a model and serve it over HTTP.
 
     Until SIGTERM or Ctrl-C; running requests get the grace period to finish.
     """
-    settings, warnings = load_config(given, config_file=config, api_key_file=api_key_file, insecure=insecure)
+    if api_key is not None:  # known only to be refused with a reason
+        raise InvalidConfiguration(
+            "--api-key: keys on a command line are visible to everybody on the machine; "
+            "use WORKER_ORCD_API_KEY or --api-key-file"
+        )
+    settings, warnings = load_config(
+        with_model(given, named), config_file=config, api_key_file=api_key_file, insecure=insecure
+    )
     warn_all(warnings)
     from worker_orcd import worker  # after the settings are known to be good: it takes a second
 
