@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: unknown)
 
 _CHUNK = 1 << 20
+_HUB_SECONDS = 8.0  # for the hub to say that it is there
 _SHOWN_CHARS = 256  # of what was asked for, in a message
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 _HF = re.compile(
@@ -287,8 +289,11 @@ def _fetch_hf_file(model: str, repo: str, revision: str | None, name: str, repor
     unknown = huggingface_hub.hf_hub_download  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
     download = cast(Callable[..., str], unknown)
     bar = _reporting_bar(f"downloading {name}", report)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what is wrong is told once, by us
+    transport_error = _transport_error(errors.HfHubHTTPError)
     try:
-        found = download(repo, name, revision=revision, tqdm_class=bar)
+        offline = not _is_reachable(repo, name, revision, transport_error)
+        found = download(repo, name, revision=revision, tqdm_class=bar, local_files_only=offline)
     except errors.GatedRepoError as error:
         reason = f"{repo} is gated: accept its terms on its page, then set HF_TOKEN"
         raise ModelNotFound(f"model {model!r}: {reason}") from error
@@ -304,13 +309,29 @@ def _fetch_hf_file(model: str, repo: str, revision: str | None, name: str, repor
         raise ModelNotFound(f"model {model!r}: {repo} has no file {name!r}") from error
     except (errors.HFValidationError, errors.HfHubHTTPError) as error:
         raise ModelNotFound(f"model {model!r}: {str(error).splitlines()[0]}") from error
-    except _transport_error(errors.HfHubHTTPError) as error:
+    except transport_error as error:
         reason = f"the connection was lost ({type(error).__name__}); check the network and try again"
         raise ModelNotFound(f"model {model!r} could not be downloaded: {reason}") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelNotFound(f"model {model!r} could not be downloaded: {reason}") from error
     return Path(found)
+
+
+def _is_reachable(repo: str, name: str, revision: str | None, transport_error: type[Exception]) -> bool:
+    """Whether anything answers at all: the library itself tries for half a minute."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    unknown = huggingface_hub.get_hf_file_metadata  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    ask = cast(Callable[..., object], unknown)
+    try:
+        ask(huggingface_hub.hf_hub_url(repo, name, revision=revision), timeout=_HUB_SECONDS)
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        return True  # it answered; `download` says what
+    except (transport_error, OSError):
+        return False
+    return True
 
 
 def _transport_error(answered: type[Exception]) -> type[Exception]:
