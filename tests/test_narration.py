@@ -106,6 +106,18 @@ def test_a_terminal_gets_sentences():
     assert not Narration("json", stream=Terminal()).is_pretty
 
 
+def test_a_file_gets_no_colours():
+    stream = io.StringIO()
+    narration = Narration("pretty", stream=stream)
+    narration.tell("ready", "Ready after 2 s.", uri="here")
+    try:
+        raise KeyError("lost")
+    except KeyError as error:
+        narration.tell("error", "A fault.", trace=error)
+    assert "Ready after 2 s." in stream.getvalue() and "KeyError: 'lost'" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
 def test_tables_are_for_people():
     stream = io.StringIO()
     Narration("json", stream=stream).show(["weights  1 MiB"])

@@ -2,7 +2,7 @@
 The events of a worker's life, each one line: a sentence for people and fields for machines.
 
 * Events are few and named (`Event`); debugging output is not narrated.
-* On a terminal the line is coloured text, elsewhere JSON: `timestamp`, `level`, `event`, `sentence`, then the
+* On a terminal the line is coloured text, elsewhere JSON (or, where asked for, text without colours): `timestamp`, `level`, `event`, `sentence`, then the
   bound fields (`worker_id`, `model_ref`, `device`) and those of the event (`job_id`, `correlation_id`, …).
 * No prompt and no completion is ever told: `Narration.text_fields` gives a digest and a length, and the text
   itself only where the operator asked for it (`log_prompts`).
@@ -69,7 +69,7 @@ class Narration:
         self._fields = _known(fields)
         self._logger: Any = structlog.wrap_logger(
             structlog.WriteLogger(out),
-            processors=_processors(pretty=self.is_pretty),
+            processors=_processors(pretty=self.is_pretty, colours=bool(out.isatty())),
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
         )
@@ -128,10 +128,15 @@ def _known(fields: dict[str, object]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _processors(*, pretty: bool) -> list[Any]:
+def _processors(*, pretty: bool, colours: bool) -> list[Any]:
     stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if pretty else "iso", utc=not pretty)
     if pretty:
-        return [structlog.processors.add_log_level, stamp, _sentence_first, structlog.dev.ConsoleRenderer()]
+        if colours:
+            drawn = structlog.dev.ConsoleRenderer()
+        else:
+            plain = structlog.dev.plain_traceback
+            drawn = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=plain)
+        return [structlog.processors.add_log_level, stamp, _sentence_first, drawn]
     return [
         structlog.processors.add_log_level,
         stamp,
