@@ -155,7 +155,7 @@ def test_what_a_template_makes_of_messages_is_bounded_like_any_prompt(config: Wo
 
 def test_too_little_memory_is_said_in_bytes(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "available_memory", lambda: 1 << 20)
-    with pytest.raises(InsufficientMemory, match=r"requires .* MiB .* 1\.0 MiB available"):
+    with pytest.raises(InsufficientMemory, match=r"'tiny' requires .* MiB .* 1\.0 MiB available"):
         load(config)
 
 

@@ -111,8 +111,9 @@ def make_plan(
         num_blocks = min(device.kv_cache_size_mb * _MIB // block_bytes, MAX_BLOCKS)
         if num_blocks < num_least:
             raise InsufficientMemory(
-                f"a KV cache of {device.kv_cache_size_mb} MiB cannot hold a sequence of {shortest_len} "
-                f"tokens of {quoted(config.name)} on {sizes.name}; {mib(num_least * block_bytes)} would"
+                f"kv_cache_size_mb is {device.kv_cache_size_mb}: a KV cache of that many MiB cannot hold a "
+                f"sequence of {shortest_len} tokens of {quoted(config.name)} on {sizes.name}; it takes "
+                f"{-(-num_least * block_bytes // _MIB)}"
             )
         num_least = num_blocks
     if num_fitting < num_least:

@@ -202,7 +202,8 @@ def _backend(device: DeviceConfig, warn: Warn, on_compile: Callable[[], None]) -
 def _plan(
     file: GGUFFile, model: ModelConfig, backend: Backend, engine: EngineConfig, device: DeviceConfig
 ) -> MemoryPlan:
-    return make_plan(model, tensor_bytes(file), backend, engine, device, available_memory())
+    known = replace(model, name=_model_id(file.path))  # what its user calls it, for messages
+    return make_plan(known, tensor_bytes(file), backend, engine, device, available_memory())
 
 
 def _chat_template(
