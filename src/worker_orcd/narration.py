@@ -2,8 +2,9 @@
 The events of a worker's life, each one line: a sentence for people and fields for machines.
 
 * Events are few and named (`Event`); debugging output is not narrated.
-* On a terminal the line is coloured text, elsewhere JSON (or, where asked for, text without colours): `timestamp`, `level`, `event`, `sentence`, then the
-  bound fields (`worker_id`, `model_ref`, `device`) and those of the event (`job_id`, `correlation_id`, …).
+* On a terminal the line is coloured text, elsewhere JSON (or, where asked for, text without colours):
+  `timestamp`, `level`, `event`, `sentence`, then the bound fields (`worker_id`, `model_ref`, `device`) and
+  those of the event (`job_id`, `correlation_id`, …).
 * No prompt and no completion is ever told: `Narration.text_fields` gives a digest and a length, and the text
   itself only where the operator asked for it (`log_prompts`).
 * Telling never raises and never changes what is told about: a broken stderr is no reason to drop a job.
@@ -69,7 +70,7 @@ class Narration:
         self._fields = _known(fields)
         self._logger: Any = structlog.wrap_logger(
             structlog.WriteLogger(out),
-            processors=_processors(pretty=self.is_pretty, colours=bool(out.isatty())),
+            processors=_processors(pretty=self.is_pretty, colours=_is_terminal(out)),
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
         )
@@ -122,6 +123,13 @@ class Narration:
         if self._log_prompts:
             fields[name] = text
         return fields
+
+
+def _is_terminal(out: Any) -> bool:
+    try:
+        return bool(out.isatty())
+    except ValueError:  # it is closed
+        return False
 
 
 def _known(fields: dict[str, object]) -> dict[str, Any]:
