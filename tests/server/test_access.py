@@ -249,6 +249,7 @@ async def test_unknown_paths_in_the_shape_of_every_error(world, path):
         response = await http.get(path)
     assert response.status_code == 404
     error = response.json()["error"]
+    assert "there is no endpoint" in error["message"]
     if path.startswith("/v1"):
         assert set(error) == {"message", "type", "param", "code"}
     else:
@@ -261,8 +262,30 @@ async def test_wrong_methods(world):
         for method, path in [("GET", "/execute"), ("POST", "/health"), ("DELETE", "/v1/completions")]:
             response = await http.request(method, path)
             assert response.status_code == 405
-            assert response.headers["allow"]
-            assert "error" in response.json()
+            allowed = response.headers["allow"]
+            assert allowed
+            assert response.json()["error"]["message"].endswith(
+                f"found the method {method}; allowed: {allowed}"
+            )
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses"])
+async def test_what_other_servers_have_is_named_as_not_in_this_version(world, path):
+    async with world().http() as http:
+        response = await http.post(path, json={"input": "x"})
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == f"{path} is not in this version"
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+async def test_the_root_points_to_what_is_there(world, key):
+    async with world(api_key=key).http() as http:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+        assert key is None or (await http.get("/")).status_code == 401
+        found = (await http.get("/", headers=headers)).json()
+        assert found["name"] == "worker-orcd" and ("docs" in found) == (key is None)
+        for name in {"docs", "health"} & found.keys():
+            assert (await http.get(found[name], headers=headers)).status_code == 200
 
 
 @pytest.mark.parametrize(

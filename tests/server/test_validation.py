@@ -152,6 +152,8 @@ async def test_messages_say_what_was_found_and_what_is_allowed(world, field, val
         response = await http.post("/execute", json={"job_id": "j", "prompt": "x", field: value})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+    if message.endswith("is not supported in this version"):
+        assert response.json()["error"]["details"]["param"] == field
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Depends, FastAPI, Request
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -24,6 +25,9 @@ from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.openai import chat, completions, models
 from worker_orcd.server.status import Status
 from worker_orcd.version import VERSION
+
+_MAX_PATH = 80  # characters of a path in a message
+_NOT_YET = frozenset({"/v1/embeddings", "/v1/responses"})
 
 
 def create_app(
@@ -68,4 +72,19 @@ def create_app(
 
 
 async def _told(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        error = _in_words(request, error)
     return error_response(error, request.scope, attached(request).correlation_id)
+
+
+def _in_words(request: Request, error: HTTPException) -> HTTPException:
+    """The router's "Not Found" and "Method Not Allowed", with what was found and what is allowed."""
+    path = request.scope["path"][:_MAX_PATH]
+    if error.status_code == 405:
+        allowed = Headers(error.headers).get("allow", "")
+        message = f"{path} does not take {request.method[:_MAX_PATH]}; allowed: {allowed}"
+    elif path in _NOT_YET:
+        message = f"{path} is not in this version"
+    else:
+        message = f"there is no endpoint {path!r}; GET / names some"
+    return HTTPException(error.status_code, message, dict(error.headers or {}))

@@ -159,7 +159,8 @@ def validate(model: type[M], body: object) -> M:
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=True)
         told = "; ".join(_explain(model, problem) for problem in problems[:_MAX_TOLD])
-        raise InvalidParameter(told, param=_path(problems[0]["loc"])[:_MAX_SHOWN] or None) from None
+        param = _path(problems[0]["loc"]) or problems[0].get("ctx", {}).get("field", "")
+        raise InvalidParameter(told, param=param[:_MAX_SHOWN] or None) from None
 
 
 def _explain(model: type[Wire], problem: ErrorDetails) -> str:
@@ -171,6 +172,8 @@ def _explain(model: type[Wire], problem: ErrorDetails) -> str:
             return (
                 f"{path[:_MAX_SHOWN]}: there is no such field; the fields are {', '.join(model.model_fields)}"
             )
+        case "not_supported":
+            return problem["msg"]
         case "value_error" | "assertion_error":
             prefix = f"{path}: " if path else ""
             return prefix + problem["msg"].removeprefix("Value error, ")

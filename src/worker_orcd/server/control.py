@@ -23,6 +23,14 @@ async def livez(_request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
+@router.get("/")
+async def root(context: ContextOf) -> JSON:
+    """Where to go from here, for somebody who typed the address into a browser."""
+    shown = {"health": "/health", "execute": "/execute", "openai": "/v1"}
+    docs = {"docs": "/docs"} if context.config.api_key is None else {}
+    return JSON({"name": "worker-orcd", "version": VERSION, **shown, **docs})
+
+
 @router.get("/health")
 async def health(context: ContextOf) -> JSON:
     """Facts and state; 503 only once the worker has failed."""

@@ -10,6 +10,7 @@ import math
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from worker_orcd.server.body import Wire, shown
 
@@ -181,7 +182,9 @@ class ExecuteRequest(Sampling):
     def _refuse_constraints(cls, value: object) -> object:
         for name in ("response_format", "json_schema", "grammar", "regex"):
             if isinstance(value, dict) and name in value:
-                raise ValueError(f"{name} is not supported in this version")
+                raise PydanticCustomError(
+                    "not_supported", "{field} is not supported in this version", {"field": name}
+                )
         return cast("object", value)
 
     @model_validator(mode="after")
