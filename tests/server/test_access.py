@@ -67,6 +67,7 @@ async def test_every_route_but_livez_needs_the_key(world):
             tried.append(path)
         assert (await http.get("/livez")).text == "ok\n"
     expected = {
+        "/",
         "/execute",
         "/cancel",
         "/health",
