@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?=
 ONESHOT ?=
+MODEL ?=
 PYTEST_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,8 +22,8 @@ help: ## what can be made
 		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST)
 
 .PHONY: run
-run: $(VENV)/.compiled ## serve the demo model, show an answer, keep serving (ONESHOT=1: stop after the answer; PORT=)
-	@$(BIN)/python scripts/haiku.py $(if $(PORT),--port $(PORT)) $(if $(filter-out 0,$(ONESHOT)),--oneshot)
+run: $(VENV)/.compiled ## serve a model, show an answer, keep serving (MODEL=path-or-hf:…; ONESHOT=1: stop after the answer; PORT=)
+	@$(BIN)/python scripts/haiku.py $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port $(PORT)) $(if $(filter-out 0,$(ONESHOT)),--oneshot)
 
 .PHONY: test
 test: check $(VENV)/.dev $(VENV)/.compiled ## check, then every test that needs no GPU

@@ -1,10 +1,10 @@
 """
-`make run`: start a worker on the demo model, stream a haiku from it over HTTP, and keep serving.
+`make run`: start a worker on a model (the demo model, unless told otherwise), stream a haiku from it over HTTP, and keep serving.
 
-    python scripts/haiku.py [--port PORT] [--oneshot]
+    python scripts/haiku.py [--model MODEL] [--port PORT] [--oneshot]
 
-Standard library only, so it also shows what a client has to do. Exit status: 0 after an answer, 1 with the
-worker's log if there was none.
+Standard library only, so it also shows what a client has to do. The worker gets the environment, WORKER_ORCD_*
+included. Exit status: 0 after an answer, 1 with the worker's log if there was none, 130 if cut short.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any
 
@@ -34,18 +34,20 @@ class NoAnswer(Exception):
 
 
 def main() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # both stop the worker too
-        signal.signal(number, _interrupt)
+    _on_signals(_interrupt)  # they stop the worker too
     options = _options()
     port = options.port if options.port is not None else _free_port(8080)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        worker = _start(port, log)
+    log_file = tempfile.NamedTemporaryFile(
+        "w+", encoding="utf-8", errors="replace", prefix="worker-orcd-", suffix=".log"
+    )
+    with log_file as log:
+        worker = _start(options.model, port, log)
         try:
             _wait_until_ready(worker, port, log)
             _show_answer(port)
             print(f"\nserving http://{HOST}:{port}  (API: /docs, /execute, /v1/chat/completions)", flush=True)
             if not options.oneshot:
-                print("Ctrl-C stops it", flush=True)
+                print(f"its log, while it runs: {log.name}\nCtrl-C stops it", flush=True)
                 worker.wait()
                 raise NoAnswer("the worker stopped by itself")
         except (NoAnswer, OSError, http.client.HTTPException) as problem:
@@ -54,9 +56,13 @@ def main() -> int:
             print(f"\n{problem or type(problem).__name__}; the worker's log:\n{log.read()}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("\nstopping", flush=True)
-            _stop(worker)
-            return 0 if not options.oneshot else 130
+            print(
+                f"\nstopping; waiting up to {STOP_SECONDS:.0f} s for running requests"
+                " (Ctrl-C again to stop now)",
+                flush=True,
+            )
+            status = _stop(worker)
+            return 0 if status == 0 and not options.oneshot else 130
         status = _stop(worker)
         if status != 0:
             log.seek(0)
@@ -65,12 +71,20 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="serve the demo model and show an answer")
+    parser = argparse.ArgumentParser(description="serve a model and show an answer")
+    parser.add_argument(
+        "--model", default="demo", help="path, hf:org/repo/file.gguf, or demo (default: demo)"
+    )
     parser.add_argument(
         "--port", type=int, help="where to listen (default: 8080, or another if that is taken)"
     )
     parser.add_argument("--oneshot", action="store_true", help="stop after the answer")
     return parser.parse_args()
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -89,22 +103,22 @@ def _free_port(wanted: int) -> int:
     raise SystemExit("no free port")
 
 
-def _start(port: int, log: IO[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "worker_orcd", "serve", "--model", "demo", "--host", HOST]
+def _start(model: str, port: int, log: IO[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "worker_orcd", "serve", "--model", model, "--host", HOST]
     command += ["--port", str(port), "--narration", "json"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_ORCD_")}
     # Of its own session, so that Ctrl-C reaches us only and we can stop it in order.
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=environment,
         start_new_session=True,
     )
 
 
 def _stop(worker: subprocess.Popen[bytes]) -> int:
+    """Its exit status. Ctrl-C meanwhile kills it."""
+    _on_signals(lambda _number, _frame: worker.kill())
     if worker.poll() is None:
         worker.terminate()
     try:
@@ -123,7 +137,7 @@ def _wait_until_ready(worker: subprocess.Popen[bytes], port: int, log: IO[str]) 
         told = _tell_news(log, told)
         try:
             connection = http.client.HTTPConnection(HOST, port, timeout=5)
-            connection.request("GET", "/ready")
+            connection.request("GET", "/ready", headers=_key())
             status = connection.getresponse().status
             connection.close()
         except OSError:  # it does not listen yet
@@ -134,6 +148,11 @@ def _wait_until_ready(worker: subprocess.Popen[bytes], port: int, log: IO[str]) 
             return
         time.sleep(0.25)
     raise NoAnswer(f"the worker was not ready after {START_SECONDS:.0f} s")
+
+
+def _key() -> dict[str, str]:
+    key = os.environ.get("WORKER_ORCD_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _tell_news(log: IO[str], told: int) -> int:
@@ -191,7 +210,7 @@ def _execute(port: int) -> Iterator[tuple[str, dict[str, Any]]]:
         "seed": 1,  # the same answer every time: that is what the worker promises
     }
     connection = http.client.HTTPConnection(HOST, port, timeout=300)
-    connection.request("POST", "/execute", json.dumps(job), {"Content-Type": "application/json"})
+    connection.request("POST", "/execute", json.dumps(job), {"Content-Type": "application/json", **_key()})
     response = connection.getresponse()
     if response.status != 200:
         raise NoAnswer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -71,8 +72,36 @@ def test_it_serves_until_ctrl_c_on_a_free_port(start: Start, demo_model: Path) -
         assert not address[1].endswith(":8080")
         with urllib.request.urlopen(address[1] + "/ready", timeout=5) as answer:
             assert answer.status == 200
+        log = re.search(r"^its log, while it runs: (\S+)$", shown, re.MULTILINE)
+        assert log is not None
+        assert '"ready"' in Path(log[1]).read_text(encoding="utf-8")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
+
+
+def test_a_second_ctrl_c_stops_it_at_once(start: Start, demo_model: Path) -> None:
+    port = free_port()
+    process = start("--port", str(port), "--model", str(demo_model), WORKER_ORCD_SHUTDOWN_GRACE_SECONDS="60")
+    shown = ""
+    while "Ctrl-C stops it" not in shown:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        shown += line
+    job = {"job_id": "long", "prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/execute", json.dumps(job).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        answer.readline()
+        process.send_signal(signal.SIGINT)
+        while "Ctrl-C again to stop now" not in line:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 130
+    assert process.stderr.read() == ""
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 def test_a_worker_that_fails_is_shown_with_its_log(start: Start, tmp_path: Path) -> None:
