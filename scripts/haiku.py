@@ -1,10 +1,10 @@
 """
-`make run`: start a worker on a model (the demo model, unless told otherwise), stream a haiku from it over HTTP, and keep serving.
+`make run`: start a worker on the demo model (or another), stream a haiku from it over HTTP, and keep serving.
 
     python scripts/haiku.py [--model MODEL] [--port PORT] [--oneshot]
 
-Standard library only, so it also shows what a client has to do. The worker gets the environment, WORKER_ORCD_*
-included. Exit status: 0 after an answer, 1 with the worker's log if there was none, 130 if cut short.
+Standard library only, so it also shows what a client has to do. The worker gets the
+environment, WORKER_ORCD_* included. Exit status: 0 after an answer, 1 with the worker's log if there was none, 130 if cut short.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ def main() -> int:
     _on_signals(_interrupt)  # they stop the worker too
     options = _options()
     port = options.port if options.port is not None else _free_port(8080)
-    log_file = tempfile.NamedTemporaryFile(
+    with tempfile.NamedTemporaryFile(
         "w+", encoding="utf-8", errors="replace", prefix="worker-orcd-", suffix=".log"
-    )
-    with log_file as log:
+    ) as log:
         worker = _start(options.model, port, log)
         try:
             _wait_until_ready(worker, port, log)
