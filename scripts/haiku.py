@@ -3,8 +3,9 @@
 
     python scripts/haiku.py [--model MODEL] [--port PORT] [--oneshot]
 
-Standard library only, so it also shows what a client has to do. The worker gets the
-environment, WORKER_ORCD_* included. Exit status: 0 after an answer, 1 with the worker's log if there was none, 130 if cut short.
+Standard library only, so it also shows what a client has to do. The worker gets the environment,
+WORKER_ORCD_* included. Exit status: 0 after an answer, 1 with the worker's log if there was none, 130 if it
+was cut short.
 """
 
 from __future__ import annotations
