@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: unknown)
 
 _CHUNK = 1 << 20
+_MAGIC = b"GGUF"
 _HUB_SECONDS = 8.0  # for the hub to say that it is there
 _SHOWN_CHARS = 256  # of what was asked for, in a message
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
@@ -90,6 +91,22 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
             "(a model is a path, a file: URI, hf:org/repo/file.gguf, or demo)"
         )
     return path
+
+
+def check_local(model: str) -> None:
+    """Raises ModelNotFound or InvalidModelFile if `model` is a path and no GGUF file: known at once."""
+    if model == "demo" or model.startswith("hf:"):
+        return
+    path = resolve(model)
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_MAGIC))
+    except OSError as error:
+        raise InvalidModelFile(f"{path.name!r} cannot be read: {error.strerror}") from None
+    if start != _MAGIC:
+        raise InvalidModelFile(
+            f"{path.name!r} is no GGUF file: it begins with {start!r}, not with {_MAGIC!r}"
+        )
 
 
 def models_directory() -> Path:

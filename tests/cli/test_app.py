@@ -111,6 +111,8 @@ def test_a_typing_mistake_gets_a_hint_and_status_2(invoke: Any, words: list[str]
             2,
             "error INVALID_CONFIGURATION: host: found '0.0.0.0'",
         ),
+        (["serve", "none.gguf"], 1, "error MODEL_LOAD_FAILED: model 'none.gguf': no such file"),
+        (["serve", __file__], 1, "error MODEL_LOAD_FAILED: 'test_app.py' is no GGUF file: it begins with b"),
         (["inspect", "none.gguf"], 1, "error MODEL_LOAD_FAILED: model 'none.gguf': no such file"),
         (["run", "none.gguf", "hello"], 1, "error MODEL_LOAD_FAILED: model 'none.gguf': no such file"),
         (["run", "demo", ""], 2, "error INVALID_CONFIGURATION: PROMPT is empty"),
@@ -140,6 +142,12 @@ def test_warnings_about_the_environment_are_printed(invoke: Any, monkeypatch: py
     monkeypatch.setenv("WORKER_ORCD_PROT", "1")
     outcome = invoke("inspect", "none.gguf")
     assert "warning: the environment variable WORKER_ORCD_PROT is not a setting" in outcome.err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_worker_that_is_open_to_everybody_says_so(invoke: Any, host: str) -> None:
+    outcome = invoke("serve", "none.gguf", "--host", host, "--insecure")
+    assert ("warning: anybody who can reach this machine" in outcome.err) == (host == "0.0.0.0")
 
 
 def test_fetch_prints_the_file_and_nothing_else(invoke: Any, demo_model: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from worker_orcd.cli.options import ConfigFile, ModelArgument, with_model, with_settings
-from worker_orcd.cli.settings import load_config
-from worker_orcd.cli.terminal import progress_bar, warn_all
+from worker_orcd.cli.settings import is_loopback, load_config
+from worker_orcd.cli.terminal import progress_bar, warn, warn_all
 from worker_orcd.errors import InvalidConfiguration
 
 
@@ -43,6 +43,13 @@ def serve(
         with_model(given, named), config_file=config, api_key_file=api_key_file, insecure=insecure
     )
     warn_all(warnings)
+    if insecure and not is_loopback(settings.server.host):
+        warn(
+            "anybody who can reach this machine can use this worker, read its state and stop it (--insecure)"
+        )
+    from worker_orcd import hub
+
+    hub.check_local(settings.model)
     from worker_orcd import worker  # after the settings are known to be good: it takes a second
 
     pretty = settings.server.narration != "json" and sys.stderr.isatty()

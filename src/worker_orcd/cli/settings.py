@@ -370,7 +370,7 @@ def _variable(name: str) -> str | None:
 
 def _refuse_contradictions(config: WorkerConfig, insecure: bool) -> None:
     server = config.server
-    if server.api_key is None and not insecure and not _is_loopback(server.host):
+    if server.api_key is None and not insecure and not is_loopback(server.host):
         raise InvalidConfiguration(
             f"host: found {server.host!r}, which other machines can reach, and no api_key; set "
             f"{PREFIX}API_KEY or --api-key-file, or say --insecure"
@@ -384,7 +384,7 @@ def _refuse_contradictions(config: WorkerConfig, insecure: bool) -> None:
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
