@@ -103,7 +103,7 @@ class Crowd:
     async def run_together(self, salt: str, *, among: Sequence[asyncio.Task[Any]] = ()) -> Round:
         """All jobs at once, equal to alone. `among`: what others do meanwhile."""
         began = time.monotonic()
-        exchanges = [await self.send(job, salt) for job in self.jobs]
+        exchanges = await asyncio.gather(*[self.send(job, salt) for job in self.jobs])
         answers = [parse_answer(await exchange.response()) for exchange in exchanges]
         seconds = time.monotonic() - began
         self.compare(answers, f"in company, salt {salt!r}")

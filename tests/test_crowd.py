@@ -38,6 +38,7 @@ from worker_client import (
     parse_answer,
     parse_response,
 )
+from worker_orcd.worker.priority import COMPUTE_NICENESS
 
 CROWD = 64
 JOBS = make_jobs(CROWD, words=(3, 12, 30, 60), tokens=(5, 16), longest=100)
@@ -112,6 +113,24 @@ async def test_another_worker_gives_the_same_and_drains(demo_model: Path, alone:
         assert worker.process.returncode == 0
         told = [json.loads(line)["event"] for line in worker.log().splitlines()]
         assert "error" not in told and told[-1] == "shutdown"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have ranks of their own on Linux")
+def test_what_computes_gives_way_to_what_answers(worker: WorkerProcess, alone: list[Answer]):
+    assert alone
+    loop = worker.process.pid
+    threads = {int(task.name): task for task in Path(f"/proc/{loop}/task").iterdir()}
+    fields = {
+        thread: (task / "stat").read_text().rpartition(")")[2].split() for thread, task in threads.items()
+    }
+    niceness = {thread: int(values[16]) for thread, values in fields.items()}
+    work = {thread: int(values[11]) for thread, values in fields.items() if thread != loop}
+    most = max(work, key=lambda thread: work[thread])
+    assert niceness[most] == niceness[loop] + COMPUTE_NICENESS
+    gives_way = sum(work[thread] for thread in work if niceness[thread] == niceness[most])
+    assert gives_way > 0.7 * sum(work.values())  # the rest: loading, reading prompts
 
 
 async def urge(client: Client, num_blocks: int) -> None:

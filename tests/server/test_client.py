@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import threading
 from contextlib import aclosing
 
@@ -85,6 +87,26 @@ async def test_one_wake_up_a_step(client, sent, monkeypatch):
     monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: calls.append(call))
     client.publish([token(k, 0) for k in range(50)])
     assert len(calls) == 1
+
+
+async def test_a_step_of_many_streams_leaves_turns_to_others(sent):
+    """Outputs of three steps that came at once: each stream gets its own in order, a few at a time."""
+    client = EngineClient(sent.append, loop=asyncio.get_running_loop(), max_queue=40)
+    seen = [[] for _ in range(40)]
+    with contextlib.ExitStack() as stack:
+        admissions = [stack.enter_context(client.admit(f"j{k}")) for k in range(40)]
+        pairs = zip(admissions, seen, strict=True)
+        tasks = [asyncio.create_task(collect(client, job, into)) for job, into in pairs]
+        ids = await begun(sent, 40)
+        for k in range(3):
+            client.publish([token(number, k, FinishReason.STOP if k == 2 else None) for number in ids])
+        progress = [0]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            progress.append(sum(map(len, seen)))
+        await asyncio.gather(*tasks)
+    assert seen == [[0, 1, 2]] * 40
+    assert max(after - before for before, after in itertools.pairwise(progress)) <= 16
 
 
 async def test_leaving_the_generator_cancels_once(client, sent):

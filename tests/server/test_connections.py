@@ -222,3 +222,32 @@ async def test_two_requests_on_one_connection(world):
             assert "event: end" in (await http.post("/execute", json={"job_id": str(k), "prompt": "x"})).text
         big = {"job_id": "big", "prompt": "x" * 200_000}  # larger than a head may be
         assert (await http.post("/execute", json=big)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "urgent",
+    [b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", request("/cancel", {"job_id": "nobody"})],
+    ids=["health", "cancel"],
+)
+async def test_a_crowd_that_comes_at_once_begins_one_by_one(world, urgent, monkeypatch):
+    """What is urgent is answered between them, however little of its time the event loop gets."""
+    w = world()
+    begun = []
+    admit = w.client.admit
+
+    def count(job_id, **named):
+        begun.append(job_id)
+        return admit(job_id, **named)
+
+    monkeypatch.setattr(w.client, "admit", count)
+    async with w.listen() as port, contextlib.AsyncExitStack() as stack:
+        crowd = [await stack.enter_async_context(connection(port)) for _ in range(50)]
+        reader, writer = await stack.enter_async_context(connection(port))
+        for k, (_, other) in enumerate(crowd):
+            other.write(request("/execute", {"job_id": f"j{k}", "prompt": "x"}))
+        writer.write(urgent)
+        assert b" 20" in await reader.readline()
+        assert len(begun) < 25
+        for other, _ in crowd:
+            assert b" 200 " in await other.readline()
+    assert len(begun) == 50

@@ -79,6 +79,11 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def native_id(self) -> int | None:
+        """The operating system's id of the thread; None before `start`."""
+        return self._thread.native_id
+
     def send(self, command: Command) -> None:
         """Hand over a command. After `stop`, a Submit raises Draining and a Cancel has nothing to do."""
         with self._closing:

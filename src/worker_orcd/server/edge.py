@@ -7,12 +7,15 @@
 * Every request has a correlation id (`X-Correlation-Id`, or a fresh UUID) and a clean-up stack, and every
   response carries the id. Whatever a request holds is given back here, however it ends.
 * An exception that nothing else answered becomes INTERNAL with that id as its reference.
+* Requests that cost something begin one after the other, each in its own turn of the event loop: between a
+  hundred that come at once, `/health` and `/cancel` are answered.
 
 Only `scope["path"]` is ever read: no URL is rebuilt from headers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import uuid
@@ -32,6 +35,8 @@ from worker_orcd.server.json import JSON
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")  # RFC 3986
 _ATTACHED = "worker_orcd.attached"
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_URGENT_PATHS = ("/cancel", "/shutdown")
 
 
 @dataclass(slots=True)
@@ -68,6 +73,7 @@ class Edge:
     def __init__(self, app: ASGIApp, *, config: ServerConfig, narration: Narration) -> None:
         self._app = app
         self._narration = narration
+        self._turnstile = asyncio.Lock()
         self._names = {"localhost", config.host.lower()}
         self._any_host = config.api_key is not None or not _is_loopback(config.host.lower())
 
@@ -94,6 +100,7 @@ class Edge:
         with known.stack:
             try:
                 self._admit(scope, headers)
+                await self._wait_for_turn(scope)
                 await self._app(scope, receive, send_named)
             except HTTPException as error:
                 await error_response(error, scope, correlation_id)(scope, receive, send_named)
@@ -108,6 +115,11 @@ class Edge:
                     raise  # too late for an answer: uvicorn cuts the connection
                 await error_response(error, scope, correlation_id)(scope, receive, send_named)
 
+    async def _wait_for_turn(self, scope: Scope) -> None:
+        if scope["method"] not in _SAFE_METHODS and scope["path"] not in _URGENT_PATHS:
+            async with self._turnstile:
+                await asyncio.sleep(0)
+
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Raises HTTPException for a request that a browser was tricked into, or that is malformed."""
         hosts = headers.getlist("host")
@@ -121,7 +133,7 @@ class Edge:
                 403,
                 "this worker listens on this machine only and is not known under the name in the Host header",
             )
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["method"] in _SAFE_METHODS:
             return
         origins = headers.getlist("origin")
         if any(origin.partition("://")[2].lower() != hosts[0].lower() for origin in origins):

@@ -44,6 +44,7 @@ from worker_orcd.server.status import CAPABILITIES, ModelFacts, Serving, Status
 from worker_orcd.version import VERSION
 from worker_orcd.worker.callback import announce, read_token
 from worker_orcd.worker.listening import listen, uri_of
+from worker_orcd.worker.priority import answer_first, give_way
 from worker_orcd.worker.progress import LoadProgress, LoadStopped
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def serve(config: WorkerConfig, *, drawing: Drawing | None = None) -> int:
     # default of 5 ms each hand-over may cost a step that much. Measured with 256 streams and a
     # device step of 10 ms: 20 ms a step with the default, 12.8 ms with this.
     sys.setswitchinterval(0.0005)
+    answer_first()
     with listener, _told_by(narration):
         worker = Worker(config, status, narration, listener, token, drawing)
         with asyncio.Runner(loop_factory=worker.http_config.get_loop_factory()) as runner:
@@ -243,6 +245,8 @@ class Worker:
             narration=self._narration,
             on_failure=on_failure,
         )
+        if loaded.backend.name != "cuda" and engine.native_id is not None:
+            give_way(engine.native_id)  # and with it the kernels' threads, which it has yet to start
         self._engine, self._client = engine, client
         self._tell_loaded(loaded)
         if loaded.backend.name == "cpu-reference":
