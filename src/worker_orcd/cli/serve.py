@@ -43,10 +43,9 @@ def serve(
         with_model(given, named), config_file=config, api_key_file=api_key_file, insecure=insecure
     )
     warn_all(warnings)
-    if insecure and not is_loopback(settings.server.host):
-        warn(
-            "anybody who can reach this machine can use this worker, read its state and stop it (--insecure)"
-        )
+    server = settings.server
+    if insecure and server.api_key is None and not is_loopback(server.host):
+        warn("anybody who can reach this machine can use and stop this worker (--insecure)")
     from worker_orcd import hub
 
     hub.check_local(settings.model)
