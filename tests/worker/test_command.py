@@ -194,6 +194,14 @@ def test_a_bad_file_is_one_sentence_and_exit_1(tmp_path: Path):
     assert "Traceback" not in "".join(worker.lines)
 
 
+def test_a_setting_that_the_model_contradicts_is_told_late_and_exits_1(tiny_model: Path):
+    """As docs/settings.md says."""
+    with process("--model", str(tiny_model), "--port", free_port(), "--max-model-len", "99999") as worker:
+        assert worker.exit_code() == 1
+    [error] = worker.events("error")
+    assert error["code"] == "INVALID_CONFIGURATION" and "max_model_len is 99999" in error["sentence"]
+
+
 def test_a_second_signal_ends_it_at_once(tiny_model: Path):
     options = ["--model", str(tiny_model), "--kv-cache-size-mb", "4", "--port", free_port()]
     with process(*options, "--shutdown-grace-seconds", "60") as worker:
