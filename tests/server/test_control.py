@@ -156,7 +156,8 @@ async def test_what_does_not_finish_in_the_grace_period_is_cancelled(world, even
         w.client.begin_drain()
         w.client.cancel_all()
         (_, error) = events_of((await running).text)[-1]
-    assert (error["code"], error["message"]) == ("CANCELLED", "the worker is shutting down")
+    assert (error["code"], error["message"]) == ("DRAINING", "the worker is shutting down")
+    assert error["retriable"] is True
     assert await w.client.wait_idle(1)
 
 

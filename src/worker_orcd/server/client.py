@@ -202,9 +202,9 @@ class EngineClient:
         return True
 
     def cancel_all(self, *, reason: str = "the worker is shutting down") -> None:
-        """End every job with Cancelled."""
+        """End every job with Draining: nobody asked for its end, and another worker can do it."""
         for admission in tuple(self._jobs.values()):
-            self._fail_job(admission, Cancelled(reason))
+            self._fail_job(admission, Draining(reason))
 
     def fail(self, error: WorkerError) -> None:
         """The engine is gone: end every job with this error and refuse new ones with it."""

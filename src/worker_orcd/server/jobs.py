@@ -17,6 +17,7 @@ from fastapi import Request
 from worker_orcd.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     DuplicateJob,
     LoadError,
     RequestError,
@@ -146,7 +147,7 @@ class Job:
 
 def _outcome(error: BaseException) -> Outcome:
     match error:
-        case Cancelled():
+        case Cancelled() | Draining():  # once begun: what is refused at the door never gets here
             return "cancelled"
         case DeadlineExceeded():
             return "timeout"
