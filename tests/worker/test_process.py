@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from worker_orcd.config import CallbackConfig, ServerConfig, WorkerConfig
 from worker_orcd.errors import DeviceError, InsufficientMemory
 from worker_orcd.runner import runner
 from worker_orcd.worker import loading
+from worker_orcd.worker.listening import address_of, listen, uri_of
 from worker_orcd.worker.process import model_ref
 
 pytestmark = pytest.mark.slow
@@ -68,6 +70,8 @@ async def test_it_answers_while_it_loads_and_then_serves(start: Start, monkeypat
     assert names.index("memory_plan") < names.index("model_load_complete")
     assert names.index("model_load_complete") < names.index("ready") < names.index("execute_start")
     sizes = running.events("memory_plan")[0]["bytes"]
+    sentence = running.events("memory_plan")[0]["sentence"]
+    assert all(f"MiB of {what}" in sentence for what in ("weights", "workspace", "KV cache"))
     assert sizes["weights"] + sizes["workspace"] + sizes["KV cache"] == sizes["total"]
     assert running.events("execute_end")[0]["device"] == "cpu"
 
@@ -113,9 +117,11 @@ async def test_what_does_not_finish_in_time_is_cancelled(
             await first_token(events)
             assert (await running.client.post("/shutdown")).status_code == 202
             left = await rest(events)
-        assert left[-1][0] == "error" and left[-1][1]["code"] == "CANCELLED"
+        assert (
+            left[-1][0] == "error" and left[-1][1]["code"] == "DRAINING" and left[-1][1]["retriable"] is True
+        )
         assert await running.exit_code() == 0
-    assert running.events("cancel")
+    assert running.events("cancel")[-1]["outcome"] == "cancelled" and not running.events("error")
 
 
 async def test_an_idle_worker_stops_within_a_second(start: Start):
@@ -170,6 +176,8 @@ async def test_a_bad_file_is_named_and_ends_the_worker(start: Start, tmp_path: P
     [error] = running.events("error")
     assert error["code"] == "MODEL_LOAD_FAILED" and said in error["sentence"]
     assert "exception" not in error and not running.events("ready")
+    last = running.events()[-2:]
+    assert [e["event"] for e in last] == ["error", "shutdown"] and last[-1]["exit_code"] == 1
 
 
 async def test_a_failed_load_is_told_by_health(start: Start, monkeypatch: pytest.MonkeyPatch):
@@ -249,7 +257,6 @@ async def test_a_refused_callback_ends_the_worker(start: Start):
 def test_serve_tells_what_keeps_it_from_starting(
     start: Start, config: WorkerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    from worker_orcd.worker.listening import listen
     from worker_orcd.worker.process import serve
 
     def sentence(changed: WorkerConfig) -> str:
@@ -320,3 +327,11 @@ async def until_idle(running: Running) -> None:
             if health["kv_blocks_free"] == health["kv_blocks_total"] and health["running"] == 0:
                 return
             await asyncio.sleep(0.01)
+
+
+def test_the_address_that_is_bound_is_told_and_the_one_to_call():
+    everywhere = ServerConfig(host="0.0.0.0", port=0)
+    with listen(everywhere) as listener:
+        port = listener.getsockname()[1]
+        assert address_of(listener) == f"http://0.0.0.0:{port}"
+        assert uri_of(listener, everywhere) == f"http://{socket.gethostname()}:{port}"

@@ -27,6 +27,12 @@ def listen(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def address_of(listener: socket.socket) -> str:
+    """What is bound: `0.0.0.0` where the worker listens everywhere."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def uri_of(listener: socket.socket, config: ServerConfig) -> str:
     """Where others find the worker: the host it was told to listen on, or this machine's name for all."""
     host = socket.gethostname() if config.host in _WILDCARDS else config.host

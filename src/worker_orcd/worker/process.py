@@ -4,8 +4,8 @@ The life of a worker process: listen, load, announce, serve, drain, exit.
 * HTTP answers from the first moment (`/health`: loading, with a percentage); the model loads in a thread.
 * It ends by SIGTERM, SIGINT or POST /shutdown (exit 0), or by a failure: of loading, of the ready callback,
   of the engine (exit 1). Either way new jobs are refused, those admitted have the grace period, then they are
-  cancelled; the last bytes of every stream are sent before the process exits. A second signal ends it at
-  once.
+  cut off (DRAINING); the last bytes of every stream are sent before the process exits. A second signal ends
+  it at once.
 * Failures are narrated in a sentence; a traceback is narrated only for what nobody expected.
 
 Threads: the main thread runs the event loop, one thread runs the engine, one loads and then ends.
@@ -43,7 +43,7 @@ from worker_orcd.server.protocol import uvicorn_config
 from worker_orcd.server.status import CAPABILITIES, ModelFacts, Serving, Status
 from worker_orcd.version import VERSION
 from worker_orcd.worker.callback import announce, read_token
-from worker_orcd.worker.listening import listen, uri_of
+from worker_orcd.worker.listening import address_of, listen, uri_of
 from worker_orcd.worker.priority import answer_first, give_way
 from worker_orcd.worker.progress import LoadProgress, LoadStopped
 
@@ -142,7 +142,10 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         uri = uri_of(self._listener, self._config.server)
-        self._narration.tell("startup", f"worker-orcd {VERSION} listens on {uri}.", version=VERSION, uri=uri)
+        bound = address_of(self._listener)
+        self._narration.tell(
+            "startup", f"worker-orcd {VERSION} listens on {bound}.", version=VERSION, uri=uri
+        )
         server = _Server(self.http_config)
         http = loop.create_task(server.serve([self._listener]), name="http")
         http.add_done_callback(self._unserved)
@@ -262,9 +265,10 @@ class Worker:
                 snapshot=lambda: engine.snapshot,
             )
         )
+        bound = address_of(self._listener)
         self._narration.tell(
             "ready",
-            f"Ready after {self._status.uptime_seconds:.1f} s: {loaded.model_id} on {uri}.",
+            f"Ready after {self._status.uptime_seconds:.1f} s: {loaded.model_id} on {bound}.",
             uri=uri,
             context_length=loaded.plan.max_model_len,
         )
@@ -274,7 +278,9 @@ class Worker:
         pretty = self._narration.is_pretty
         self._narration.tell(
             "memory_plan",
-            f"The model takes {plan.total_bytes / _MIB:,.0f} MiB on {plan.device}.",
+            f"The model takes {plan.weights_bytes / _MIB:,.0f} MiB of weights and"
+            f" {plan.workspace_bytes / _MIB:,.0f} MiB of workspace on {plan.device};"
+            f" {plan.kv_cache_bytes / _MIB:,.0f} MiB of KV cache are reserved and filled as needed.",
             bytes=None if pretty else {what: num_bytes for what, num_bytes, _remark in plan.rows()},
             max_model_len=None if pretty else plan.max_model_len,
         )
@@ -304,14 +310,15 @@ class Worker:
 
     # -- ending --------------------------------------------------------------------------------------------
 
-    def _end(self, code: int, sentence: str) -> None:
-        """The first reason to end decides the exit code."""
+    def _end(self, code: int, sentence: str, *, is_told: bool = False) -> None:
+        """The first reason to end decides the exit code. `is_told`: there is no more to say than that."""
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(code)
             running = 0 if self._client is None else self._client.num_admitted
             grace = self._config.server.shutdown_grace_seconds
             left = f"; {running} jobs have {grace:g} s to finish" if running else ""
-            self._narration.tell("shutdown", f"{sentence}: shutting down{left}.", running=running)
+            if running or not is_told:
+                self._narration.tell("shutdown", f"{sentence}: shutting down{left}.", running=running)
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._ended is None or self._ended.done():
@@ -322,7 +329,7 @@ class Worker:
     def _fail(self, error: WorkerError) -> None:
         self._status.fail(error)
         self._narration.tell("error", f"The worker has failed: {error.message}.", code=error.code)
-        self._end(1, "The worker has failed")
+        self._end(1, "The worker has failed", is_told=True)
 
     def _engine_failed(self, error: EngineError) -> None:
         """The engine has narrated it and told every sequence."""
