@@ -35,13 +35,13 @@ class NoAnswer(Exception):
 
 
 def main() -> int:
-    _on_signals(_interrupt)  # they stop the worker too
     options = _options()
     port = options.port if options.port is not None else _free_port(8080)
     with tempfile.NamedTemporaryFile(
         "w+", encoding="utf-8", errors="replace", prefix="worker-orcd-", suffix=".log"
     ) as log:
         worker = _start(options.model, port, log)
+        _stop_on_signals(worker)
         try:
             _wait_until_ready(worker, port, log)
             _show_answer(port)
@@ -82,13 +82,23 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _stop_on_signals(worker: subprocess.Popen[bytes]) -> None:
+    """The first raises KeyboardInterrupt; every later one kills the worker, from that moment on."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        _kill_on_signals(worker)
+        raise KeyboardInterrupt
+
+    _on_signals(interrupt)
+
+
+def _kill_on_signals(worker: subprocess.Popen[bytes]) -> None:
+    _on_signals(lambda _number, _frame: worker.kill())
+
+
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _free_port(wanted: int) -> int:
@@ -118,7 +128,7 @@ def _start(model: str, port: int, log: IO[str]) -> subprocess.Popen[bytes]:
 
 def _stop(worker: subprocess.Popen[bytes]) -> int:
     """Its exit status. Ctrl-C meanwhile kills it."""
-    _on_signals(lambda _number, _frame: worker.kill())
+    _kill_on_signals(worker)
     if worker.poll() is None:
         worker.terminate()
     try:
