@@ -17,6 +17,7 @@ from worker_orcd.kernels.backend import (
     Backend,
     BatchInputs,
     Counts,
+    Glu,
     Limits,
     Matrix,
     RopeParams,
@@ -169,7 +170,7 @@ class Toy:
             x = b.add(x, b.linear(b.attention(q, cache, inputs, self.attention), weights["o"]))
             normed = b.rms_norm(x, weights["ffn_norm"], 1e-5)
             gate, up = b.split(b.linear(normed, weights["gate_up"]), [c.ffn, c.ffn])
-            x = b.add(x, b.linear(b.swiglu(gate, up), weights["down"]))
+            x = b.add(x, b.linear(b.glu(Glu.SWIGLU, gate, up), weights["down"]))
         return b.linear(b.rms_norm(b.take(x, inputs.logit_tokens), self.norm, 1e-5), self.table)
 
     def step(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:

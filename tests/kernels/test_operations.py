@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from worker_orcd.kernels.backend import RopeParams
+from worker_orcd.kernels.backend import Glu, RopeParams
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 
 
@@ -39,13 +39,13 @@ CASES = {
     "rms_norm of heads": (_rms_norm(64), [192]),
     "rope": (_rope(64, 64), [192]),
     "rope of a part of a head": (_rope(24, 40), [120]),
-    "swiglu": (lambda b, i, x, y: b.swiglu(x, y), [1536, 1536]),
-    "swiglu over several chunks": (lambda b, i, x, y: b.swiglu(x, y), [5003, 5003]),
+    "swiglu": (lambda b, i, x, y: b.glu(Glu.SWIGLU, x, y), [1536, 1536]),
+    "swiglu over several chunks": (lambda b, i, x, y: b.glu(Glu.SWIGLU, x, y), [5003, 5003]),
     "add": (lambda b, i, x, y: b.add(x, y), [577, 577]),
     "add over several chunks": (lambda b, i, x, y: b.add(x, y), [17000, 17000]),
     "scale": (lambda b, i, x: b.scale(x, -1.7), [30]),
     "a chain of all": (
-        lambda b, i, x, y: b.scale(b.add(b.swiglu(x, y), _rms_norm(96)(b, i, x)), 0.5),
+        lambda b, i, x, y: b.scale(b.add(b.glu(Glu.SWIGLU, x, y), _rms_norm(96)(b, i, x)), 0.5),
         [96, 96],
     ),
 }
@@ -83,7 +83,7 @@ def test_silu_at_the_ends_of_the_range(make_native, run_op, isas, library):
     gate = np.array([[-200, -104, -88.5, -20, -1e-30, 0, 1e-30, 20, 88.5, 104, 200, np.inf, np.nan]])
     for isa in isas:
         library.force_isa(isa)
-        got = run_op(make_native(), lambda b, i, x, y: b.swiglu(x, y), [gate, np.ones_like(gate)])[0]
+        got = run_op(make_native(), lambda b, i, x, y: b.glu(Glu.SWIGLU, x, y), [gate, np.ones_like(gate)])[0]
         want = [x / (1 + math.exp(-x)) if math.isfinite(x) else x for x in gate[0]]
         np.testing.assert_allclose(got, want, rtol=3e-7, atol=1e-37)
 
@@ -91,7 +91,7 @@ def test_silu_at_the_ends_of_the_range(make_native, run_op, isas, library):
 def test_exponential_to_an_ulp(make_native, run_op):
     """Through silu: 1 / (1 + e^-x) for large negative x is e^x to within a rounding or two."""
     x = np.linspace(-80, -18, 4000)[None].astype(np.float32)
-    got = run_op(make_native(), lambda b, i, x, y: b.swiglu(x, y), [x, np.ones_like(x)])[0]
+    got = run_op(make_native(), lambda b, i, x, y: b.glu(Glu.SWIGLU, x, y), [x, np.ones_like(x)])[0]
     exact = x[0].astype(np.float64) * np.exp(x[0].astype(np.float64))
     assert np.max(np.abs(got / exact - 1)) < 4e-7
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from worker_orcd.config import DeviceConfig
 from worker_orcd.errors import InsufficientMemory, Internal, InvalidConfiguration, UnsupportedFormat
-from worker_orcd.kernels.backend import Counts, Limits, Matrix, RopeParams
+from worker_orcd.kernels.backend import Counts, Glu, Limits, Matrix, RopeParams
 from worker_orcd.kernels.cpu.library import Kind, Rows
 from worker_orcd.kernels.cpu.native import NativeBackend
 from worker_orcd.kernels.cpu.program import Recorded, aligned_zeros, fresh, place
@@ -44,7 +44,7 @@ def _forward(program, table, weight):
             if operation == "add":
                 tensors.append(backend.scale(backend.add(x, y), 0.5))
             elif operation == "swiglu":
-                tensors.append(backend.swiglu(x, y))
+                tensors.append(backend.glu(Glu.SWIGLU, x, y))
             elif operation == "scale":
                 tensors.append(backend.scale(x, -0.75))
             elif operation == "rms_norm":

@@ -107,7 +107,7 @@ def test_rope_frequencies(tmp_path: Path):
             r"factor is 1e-09; allowed are 0 and 0\.001 to",
         ),
         ("llama.rope.scale_linear", 1e-9, InvalidModelFile, r"factor is 1e-09"),
-        ("llama.rope.scaling.type", "yarn", UnsupportedArchitecture, r"scaling\.type is 'yarn'"),
+        ("llama.rope.scaling.type", "longrope", UnsupportedArchitecture, r"scaling\.type is 'longrope'"),
         ("llama.rope.scaling.attn_factor", 0.0, InvalidModelFile, r"attn_factor"),
         ("llama.attention.causal", False, UnsupportedArchitecture, r"attention\.causal is false"),
         ("llama.expert_count", 8, UnsupportedArchitecture, r"llama\.expert_count is 8"),

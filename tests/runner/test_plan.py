@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
 from worker_orcd.kernels.backend import AttentionParams, Limits, RopeParams
-from worker_orcd.model.config import LayerConfig, ModelConfig
+from worker_orcd.model.config import FfnConfig, LayerConfig, ModelConfig
 from worker_orcd.runner.plan import MAX_BLOCKS, MemoryPlan, make_plan
 
 MIB = 1 << 20
@@ -38,7 +38,7 @@ def model(context_length: int = 8192) -> ModelConfig:
     """SmolLM2-135M's shape: 23040 bytes of cache a token."""
     attention = AttentionParams(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125)
     layer = LayerConfig(
-        attention=attention, rope=RopeParams(rotary_dim=64, inv_freq=(1.0,) * 32), ffn_dim=1536
+        attention=attention, rope=RopeParams(rotary_dim=64, inv_freq=(1.0,) * 32), ffn=FfnConfig(dim=1536)
     )
     return ModelConfig(
         architecture="llama",

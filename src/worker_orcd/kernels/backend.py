@@ -1,5 +1,5 @@
 """
-What a device must be able to do: load weights, hold a KV cache, and some fifteen operations.
+What a device must be able to do: load weights, hold a KV cache, and some twenty operations.
 
 The decoder is written once against this protocol, as a function from a batch to logits. `compile` turns that
 function into something that can be run a step at a time: the reference backend runs it as it stands (torch,
@@ -12,6 +12,7 @@ token's prefix, bit for bit. Neighbours in the batch, chunking and the place in 
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,11 @@ from worker_orcd.quant import WeightFormat
 
 Tensor = Any  # a backend's own value; see the module docstring
 Weight = Any  # a backend's own packed matrix
+Routing = Any  # a backend's own: which experts each token goes to, and how much each counts
+
+# SwiGLU as GPT-OSS has it (openai/gpt-oss, torch/model.py): the gate at most LIMIT, the other within ±LIMIT.
+CLAMPED_SWIGLU_LIMIT = 7.0
+CLAMPED_SWIGLU_ALPHA = 1.702
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,14 @@ class Matrix:
     n: int  # outputs (rows)
     k: int  # inputs (columns)
     data: NDArray[np.uint8]
+
+
+class Glu(enum.Enum):
+    """Gated linear units (Shazeer 2020): a function of a gate, times a linear part."""
+
+    SWIGLU = "swiglu"  # silu(gate) * up
+    GEGLU = "geglu"  # gelu(gate) * up, gelu by its tanh approximation
+    CLAMPED_SWIGLU = "clamped_swiglu"  # g * sigmoid(ALPHA * g) * (u + 1), g and u clamped (gpt-oss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +152,26 @@ class Backend(Protocol):
         """
         ...
 
+    def experts(
+        self,
+        parts: Sequence[Matrix],
+        num_experts: int,
+        bias: Sequence[NDArray[np.float32] | None] = (),
+    ) -> Weight:
+        """Pack the matrices of all experts for `expert_linear`, one output tensor a part.
+
+        A part's `n` is of one expert, its `data` is (num_experts * n, row_bytes), expert after expert. All
+        parts have equal k; formats may differ. `bias` is empty or has one entry a part, (num_experts, n)
+        float32 or None.
+        """
+        ...
+
     def embedding(self, table: Matrix) -> Weight:
         """Pack a table for `embed`. The result also serves `linear` (tied embeddings)."""
         ...
 
     def vector(self, values: NDArray[np.float32]) -> Tensor:
-        """(n,) float32: norm gains."""
+        """(n,) float32: gains and biases of norms, attention sinks."""
         ...
 
     def allocate_inputs(self, limits: Limits) -> BatchInputs:
@@ -162,7 +190,9 @@ class Backend(Protocol):
 
     # -- operations: (tokens, width) float32 in, fresh (tokens, width) float32 out ------------------------
 
-    def embed(self, token_ids: Tensor, table: Weight) -> Tensor: ...
+    def embed(self, indices: Tensor, table: Weight) -> Tensor:
+        """Rows of the table: `indices` is `inputs.token_ids`, or `inputs.positions` for learned positions."""
+        ...
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor: ...
 
@@ -174,6 +204,10 @@ class Backend(Protocol):
         """Normalise each run of len(gain) columns: the whole row, or each head of it."""
         ...
 
+    def layer_norm(self, x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) * gain + bias over the whole row (Ba et al. 2016)."""
+        ...
+
     def rope(self, x: Tensor, positions: Tensor, params: RopeParams, head_dim: int) -> Tensor:
         """Rotate the first `rotary_dim` of each head."""
         ...
@@ -182,12 +216,44 @@ class Backend(Protocol):
         """Write each token's K and V to its slot. Must precede `attention` on the same cache."""
         ...
 
-    def attention(self, q: Tensor, cache: LayerCache, inputs: BatchInputs, params: AttentionParams) -> Tensor:
-        """Causal attention of each token over its row's cache. (tokens, num_heads * head_dim)."""
+    def attention(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        inputs: BatchInputs,
+        params: AttentionParams,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of each token over its row's cache. (tokens, num_heads * head_dim).
+
+        `sinks` (num_heads,), from `vector`, is one more score of each head, which has no value: exp(sink) is
+        added to the softmax's denominator (gpt-oss).
+        """
         ...
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up."""
+    def glu(self, kind: Glu, gate: Tensor, up: Tensor) -> Tensor: ...
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """By the tanh approximation (Hendrycks and Gimpel 2016), as GPT-2 has it."""
+        ...
+
+    # -- mixtures of experts: a routing has `top_k` slots a token ------------------------------------------
+
+    def route(self, logits: Tensor, top_k: int) -> Routing:
+        """The `top_k` experts of highest logit, highest first (of equal ones the lower index), and the
+        softmax over their logits. `logits` is (tokens, num_experts).
+        """
+        ...
+
+    def expert_linear(self, x: Tensor, weight: Weight, routing: Routing) -> tuple[Tensor, ...]:
+        """Each slot times its expert's matrices: for each part of the weight (tokens, top_k * n).
+
+        `x` is (tokens, k), the same for all slots, or (tokens, top_k * k), one after the other.
+        """
+        ...
+
+    def combine(self, x: Tensor, routing: Routing) -> Tensor:
+        """The slots weighted by the routing and added up in slot order: (tokens, top_k * n) → (tokens, n)."""
         ...
 
     def add(self, x: Tensor, y: Tensor) -> Tensor: ...

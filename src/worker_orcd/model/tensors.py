@@ -13,49 +13,76 @@ from numpy.typing import NDArray
 from worker_orcd.errors import InvalidModelFile, UnsupportedFormat
 from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile, TensorInfo
-from worker_orcd.model.config import LayerConfig, ModelConfig
+from worker_orcd.model.config import LayerConfig, ModelConfig, MoeConfig, Norm
 from worker_orcd.quant import BY_NAME, FORMATS, WeightFormat
 
 EMBEDDING = "token_embd.weight"
-OUTPUT_NORM = "output_norm.weight"
+POSITIONS = "position_embd.weight"
+OUTPUT_NORM = "output_norm"
 OUTPUT = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 
+Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that `weights.load_weights` reads."""
-    expected: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (config.vocab_size, config.dim),
-        OUTPUT_NORM: (config.dim,),
-    }
+
+def expected_tensors(config: ModelConfig) -> Shapes:
+    """Every tensor that `weights.load_weights` reads."""
+    expected: Shapes = {EMBEDDING: (config.vocab_size, config.dim)}
+    if config.learned_positions:
+        expected[POSITIONS] = (config.context_length, config.dim)
     if not config.tied_embeddings:
         expected[OUTPUT] = (config.vocab_size, config.dim)
+    expected |= _norm_tensors(OUTPUT_NORM, config)
     for index, layer in enumerate(config.layers):
-        for name, shape in _layer_tensors(layer, config.dim).items():
-            expected[f"blk.{index}.{name}"] = shape
+        tensors = _attention_tensors(layer, config) | _ffn_tensors(layer, config)
+        expected |= {f"blk.{index}.{name}": shape for name, shape in tensors.items()}
     return expected
 
 
-def _layer_tensors(layer: LayerConfig, dim: int) -> dict[str, tuple[int, ...]]:
-    attention = layer.attention
-    q_dim = attention.num_heads * attention.head_dim
-    kv_dim = attention.num_kv_heads * attention.head_dim
-    tensors: dict[str, tuple[int, ...]] = {
-        "attn_norm.weight": (dim,),
-        "attn_q.weight": (q_dim, dim),
-        "attn_k.weight": (kv_dim, dim),
-        "attn_v.weight": (kv_dim, dim),
-        "attn_output.weight": (dim, q_dim),
-        "ffn_norm.weight": (dim,),
-        "ffn_gate.weight": (layer.ffn_dim, dim),
-        "ffn_up.weight": (layer.ffn_dim, dim),
-        "ffn_down.weight": (dim, layer.ffn_dim),
-    }
-    if layer.qkv_bias:
-        tensors |= {"attn_q.bias": (q_dim,), "attn_k.bias": (kv_dim,), "attn_v.bias": (kv_dim,)}
+def _norm_tensors(name: str, config: ModelConfig) -> Shapes:
+    kinds = ("weight", "bias") if config.norm is Norm.LAYER else ("weight",)
+    return {f"{name}.{kind}": (config.dim,) for kind in kinds}
+
+
+def _matrix_tensors(name: str, n: int, k: int, *, bias: bool) -> Shapes:
+    return {f"{name}.weight": (n, k)} | ({f"{name}.bias": (n,)} if bias else {})
+
+
+def _attention_tensors(layer: LayerConfig, config: ModelConfig) -> Shapes:
+    dim, attention = config.dim, layer.attention
+    q_dim, kv_dim = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    widths = {"q": q_dim, "k": kv_dim, "v": kv_dim}
+    if layer.fused_qkv:
+        widths = {"qkv": q_dim + 2 * kv_dim}
+    tensors = _norm_tensors("attn_norm", config)
+    for letters, width in widths.items():
+        tensors |= _matrix_tensors(f"attn_{letters}", width, dim, bias=layer.qkv_bias)
+    tensors |= _matrix_tensors("attn_output", dim, q_dim, bias=layer.output_bias)
     if layer.head_norms:
-        tensors |= {"attn_q_norm.weight": (attention.head_dim,), "attn_k_norm.weight": (attention.head_dim,)}
+        tensors |= {f"attn_{letter}_norm.weight": (attention.head_dim,) for letter in "qk"}
+    if layer.sinks:
+        tensors["attn_sinks.weight"] = (attention.num_heads,)
+    if layer.post_norms:
+        tensors |= _norm_tensors("post_attention_norm", config)
     return tensors
+
+
+def _ffn_tensors(layer: LayerConfig, config: ModelConfig) -> Shapes:
+    dim, ffn = config.dim, layer.ffn
+    tensors = _norm_tensors(layer.ffn_norm, config)
+    if layer.post_norms:
+        tensors |= _norm_tensors("post_ffw_norm", config)
+    if isinstance(ffn, MoeConfig):
+        tensors |= _matrix_tensors("ffn_gate_inp", ffn.num_experts, dim, bias=ffn.bias)
+        for name, n, k in (("gate", ffn.dim, dim), ("up", ffn.dim, dim), ("down", dim, ffn.dim)):
+            tensors[f"ffn_{name}_exps.weight"] = (ffn.num_experts, n, k)
+            if ffn.bias:
+                tensors[f"ffn_{name}_exps.bias"] = (ffn.num_experts, n)
+        return tensors
+    if ffn.glu is not None and not ffn.fused:
+        tensors |= _matrix_tensors("ffn_gate", ffn.dim, dim, bias=ffn.bias)
+    tensors |= _matrix_tensors("ffn_up", 2 * ffn.dim if ffn.fused else ffn.dim, dim, bias=ffn.bias)
+    return tensors | _matrix_tensors("ffn_down", dim, ffn.dim, bias=ffn.bias)
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
@@ -98,5 +125,10 @@ def format_of(info: TensorInfo) -> WeightFormat:
 
 def read_vector(file: GGUFFile, name: str, length: int) -> NDArray[np.float32]:
     """A one-dimensional tensor, dequantised: (length,) float32, a copy."""
-    info = check_tensor(file, name, (length,))
-    return format_of(info).dequantize_rows(file.rows(name))[0].astype(np.float32)
+    return read_rows(file, name, (length,))
+
+
+def read_rows(file: GGUFFile, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A small tensor, dequantised: float32 of this shape, a copy."""
+    info = check_tensor(file, name, shape)
+    return format_of(info).dequantize_rows(file.rows(name)).astype(np.float32).reshape(shape)

@@ -20,7 +20,7 @@ from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
 from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Limits
-from worker_orcd.model.config import ModelConfig
+from worker_orcd.model.config import ModelConfig, MoeConfig
 
 TOKENS_PER_SEQUENCE = 2048  # of KV cache, for each sequence that may run at a time
 MIN_MODEL_LEN = 256  # a context that memory cuts shorter than this serves nobody
@@ -183,12 +183,13 @@ def _table_bytes(limits: Limits) -> int:
 
 
 def _widest(config: ModelConfig) -> int:
-    """The widest activation: q, k and v, or gate and up."""
+    """The widest activation: q, k and v; gate and up; or what the chosen experts give."""
     widths = [config.dim]
     for layer in config.layers:
         attention = layer.attention
         widths.append((attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim)
-        widths.append(2 * layer.ffn_dim)
+        slots = layer.ffn.top_k if isinstance(layer.ffn, MoeConfig) else 1
+        widths.append(slots * max(2 * layer.ffn.dim, config.dim))
     return max(widths)
 
 

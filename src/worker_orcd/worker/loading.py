@@ -123,6 +123,7 @@ def load(
             on_plan(plan)
         for note in plan.notes:
             warn(note)
+        model = model.serving(plan.max_model_len)
         weights = load_weights(
             file, model, backend, lambda fraction: _report_weights(report, fraction, file.file_bytes)
         )

@@ -28,6 +28,7 @@ from worker_orcd.kernels.backend import (
     CompiledForward,
     Counts,
     Forward,
+    Glu,
     LayerCache,
     Limits,
     Matrix,
@@ -94,6 +95,14 @@ class NativeBackend:
         """Raises UnsupportedFormat naming the tensor; InsufficientMemory."""
         return pack_matrices(self._library, parts, bias, self._threads)
 
+    def experts(
+        self,
+        parts: Sequence[Matrix],
+        num_experts: int,
+        bias: Sequence[NDArray[np.float32] | None] = (),
+    ) -> NativeWeight:
+        raise _no_kernel("experts")
+
     def embedding(self, table: Matrix) -> NativeWeight:
         """Raises as `matrix` does. One packed copy serves `embed` and `linear`."""
         return pack_matrices(self._library, (table,), (), self._threads)
@@ -120,8 +129,8 @@ class NativeBackend:
 
     # -- operations --------------------------------------------------------------------------------------
 
-    def embed(self, token_ids: Any, table: NativeWeight) -> Value:
-        _check_input(token_ids, "token_ids")
+    def embed(self, indices: Any, table: NativeWeight) -> Value:
+        _check_input(indices, "token_ids")
         (part,) = table.parts
         out = fresh(part.k, Rows.TOKENS)
         self._record(
@@ -175,6 +184,9 @@ class NativeBackend:
         )
         return out
 
+    def layer_norm(self, x: Value, gain: NDArray[np.float32], bias: NDArray[np.float32], eps: float) -> Value:
+        raise _no_kernel("layer_norm")
+
     def rope(self, x: Value, positions: Any, params: RopeParams, head_dim: int) -> Value:
         _check_input(positions, "positions")
         heads, rest = divmod(x.width, head_dim)
@@ -214,7 +226,16 @@ class NativeBackend:
             _check_width(value, blocks.num_kv_heads * blocks.head_dim, "store_kv")
         self._record(Kind.STORE_KV, None, k, v, owners=(blocks,), **self._cache_fields(blocks))
 
-    def attention(self, q: Value, cache: LayerCache, inputs: BatchInputs, params: AttentionParams) -> Value:
+    def attention(
+        self,
+        q: Value,
+        cache: LayerCache,
+        inputs: BatchInputs,
+        params: AttentionParams,
+        sinks: NDArray[np.float32] | None = None,
+    ) -> Value:
+        if sinks is not None:
+            raise _no_kernel("attention sinks")
         _check_input(inputs.block_tables, "block_tables")
         blocks: NativeCache = cache.tensor
         found, held = (params.num_kv_heads, params.head_dim), (blocks.num_kv_heads, blocks.head_dim)
@@ -246,8 +267,22 @@ class NativeBackend:
             "cache_dtype": self._cache_dtype,
         }
 
-    def swiglu(self, gate: Value, up: Value) -> Value:
+    def glu(self, kind: Glu, gate: Value, up: Value) -> Value:
+        if kind is not Glu.SWIGLU:
+            raise _no_kernel(kind.value)
         return self._columnwise(Kind.SWIGLU, gate, up)
+
+    def gelu(self, x: Value) -> Value:
+        raise _no_kernel("gelu")
+
+    def route(self, logits: Value, top_k: int) -> Value:
+        raise _no_kernel("route")
+
+    def expert_linear(self, x: Value, weight: NativeWeight, routing: Value) -> tuple[Value, ...]:
+        raise _no_kernel("expert_linear")
+
+    def combine(self, x: Value, routing: Value) -> Value:
+        raise _no_kernel("combine")
 
     def add(self, x: Value, y: Value) -> Value:
         return self._columnwise(Kind.ADD, x, y)
@@ -337,6 +372,10 @@ class NativeStep:
             if self._library.plan(op, self._batch) < 0:
                 return Internal(f"operation {index} ({kind.name.lower()}) cannot be planned: error {error}")
         return Internal(f"the program cannot be run: error {error}")
+
+
+def _no_kernel(what: str) -> Internal:
+    return Internal(f"{what}: no native kernel yet")
 
 
 def _check_input(value: Any, name: str) -> None:

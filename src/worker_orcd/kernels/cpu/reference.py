@@ -12,8 +12,9 @@ may depend on torch's thread count, which is process-global and set when the bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,11 +23,14 @@ from numpy.typing import NDArray
 from worker_orcd.config import KVCacheDtype
 from worker_orcd.errors import InsufficientMemory
 from worker_orcd.kernels.backend import (
+    CLAMPED_SWIGLU_ALPHA,
+    CLAMPED_SWIGLU_LIMIT,
     AttentionParams,
     BatchInputs,
     CompiledForward,
     Counts,
     Forward,
+    Glu,
     LayerCache,
     Limits,
     Matrix,
@@ -50,6 +54,22 @@ class ReferenceWeight:
         return sum(part.n for part in self.parts)
 
 
+@dataclass(frozen=True, slots=True)
+class ReferenceExperts:
+    """A weight of each expert."""
+
+    experts: tuple[ReferenceWeight, ...]
+    widths: tuple[int, ...]  # outputs of each part
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceRouting:
+    """Which experts each token goes to: (tokens, top_k) each."""
+
+    experts: torch.Tensor  # int64
+    weights: torch.Tensor  # float32
+
+
 class ReferenceBackend:
     """Implements `kernels.backend.Backend`; its tensors are torch tensors of shape (tokens, width)."""
 
@@ -70,6 +90,20 @@ class ReferenceBackend:
         self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()
     ) -> ReferenceWeight:
         return ReferenceWeight(tuple(_owned(part) for part in parts), join_bias(parts, bias))
+
+    def experts(
+        self,
+        parts: Sequence[Matrix],
+        num_experts: int,
+        bias: Sequence[NDArray[np.float32] | None] = (),
+    ) -> ReferenceExperts:
+        owned = [_owned(part) for part in parts]
+        weights: list[ReferenceWeight] = []
+        for expert in range(num_experts):
+            own = [replace(part, data=part.data[expert * part.n : (expert + 1) * part.n]) for part in owned]
+            own_bias = [None if values is None else values[expert] for values in bias]
+            weights.append(ReferenceWeight(tuple(own), join_bias(own, own_bias)))
+        return ReferenceExperts(tuple(weights), tuple(part.n for part in parts))
 
     def embedding(self, table: Matrix) -> ReferenceWeight:
         return ReferenceWeight((_owned(table),), None)
@@ -95,9 +129,9 @@ class ReferenceBackend:
 
     # -- operations --------------------------------------------------------------------------------------
 
-    def embed(self, token_ids: torch.Tensor, table: ReferenceWeight) -> torch.Tensor:
+    def embed(self, indices: torch.Tensor, table: ReferenceWeight) -> torch.Tensor:
         (part,) = table.parts
-        rows = part.format.dequantize_rows(part.data[token_ids.numpy()])  # (tokens, k)
+        rows = part.format.dequantize_rows(part.data[indices.numpy()])  # (tokens, k)
         return torch.as_tensor(rows)
 
     def linear(self, x: torch.Tensor, weight: ReferenceWeight) -> torch.Tensor:
@@ -126,6 +160,13 @@ class ReferenceBackend:
         root = torch.as_tensor(np.sqrt((mean + eps).numpy()))  # numpy's is correctly rounded
         return (runs / root * gain).reshape(x.shape)
 
+    def layer_norm(self, x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        """LayerNorm (Ba et al. 2016) over the row."""
+        centred = x - _row_sums(x) / x.shape[1]
+        variance = _row_sums(centred * centred) / x.shape[1]
+        root = torch.as_tensor(np.sqrt((variance + eps).numpy()))  # numpy's is correctly rounded
+        return centred / root * gain + bias
+
     def rope(
         self, x: torch.Tensor, positions: torch.Tensor, params: RopeParams, head_dim: int
     ) -> torch.Tensor:
@@ -146,7 +187,12 @@ class ReferenceBackend:
         keys_values[1].index_copy_(0, slots, v.reshape(shape).to(keys_values.dtype))
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, inputs: BatchInputs, params: AttentionParams
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        inputs: BatchInputs,
+        params: AttentionParams,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out = torch.empty(q.shape[0], params.num_heads * params.head_dim)
         block_size = cache.tensor.shape[2]
@@ -159,12 +205,47 @@ class ReferenceBackend:
             for token in range(starts[row], starts[row + 1]):
                 last = int(inputs.positions[token])
                 first = 0 if params.window is None else max(0, last - params.window + 1)
-                out[token] = _attend(q[token], keys_values[:, slots[first : last + 1]], params)
+                out[token] = _attend(q[token], keys_values[:, slots[first : last + 1]], params, sinks)
         return out
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        silu = [torch.nn.functional.silu(row.clone()) for row in gate]  # exp's bits may depend on the lane
-        return torch.stack(silu) * up if silu else torch.empty(up.shape)
+    def glu(self, kind: Glu, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if kind is Glu.SWIGLU:
+            return _by_row(torch.nn.functional.silu, gate) * up
+        if kind is Glu.GEGLU:
+            return self.gelu(gate) * up
+        gate = gate.clamp(max=CLAMPED_SWIGLU_LIMIT)
+        up = up.clamp(-CLAMPED_SWIGLU_LIMIT, CLAMPED_SWIGLU_LIMIT)
+        return gate * _by_row(torch.sigmoid, CLAMPED_SWIGLU_ALPHA * gate) * (up + 1)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return _by_row(partial(torch.nn.functional.gelu, approximate="tanh"), x)
+
+    def route(self, logits: torch.Tensor, top_k: int) -> ReferenceRouting:
+        order = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :top_k]
+        chosen = torch.gather(logits, 1, order)  # (tokens, top_k)
+        return ReferenceRouting(order, _by_row(partial(torch.softmax, dim=0), chosen))
+
+    def expert_linear(
+        self, x: torch.Tensor, weight: ReferenceExperts, routing: ReferenceRouting
+    ) -> tuple[torch.Tensor, ...]:
+        num_tokens, top_k = routing.experts.shape
+        k = weight.experts[0].parts[0].k
+        inputs = x.unsqueeze(1).expand(-1, top_k, -1) if x.shape[1] == k else x.reshape(num_tokens, top_k, k)
+        out = torch.empty(num_tokens, top_k, sum(weight.widths))
+        for index, expert in enumerate(weight.experts):
+            places = (routing.experts == index).nonzero(as_tuple=True)  # tokens, slots
+            if len(places[0]):
+                out[places] = self.linear(inputs[places], expert)
+        parts = torch.split(out, list(weight.widths), dim=2)
+        return tuple(part.reshape(num_tokens, -1) for part in parts)
+
+    def combine(self, x: torch.Tensor, routing: ReferenceRouting) -> torch.Tensor:
+        num_tokens, top_k = routing.experts.shape
+        slots = x.reshape(num_tokens, top_k, -1)  # (tokens, top_k, n)
+        out = slots[:, 0] * routing.weights[:, :1]
+        for slot in range(1, top_k):
+            out = out + slots[:, slot] * routing.weights[:, slot : slot + 1]
+        return out
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
@@ -201,6 +282,11 @@ def _owned(part: Matrix) -> Matrix:
     return replace(part, data=np.array(part.data))
 
 
+def _by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The function of each row on its own: the bits of an exponential may depend on the lane it is in."""
+    return torch.stack([function(row.clone()) for row in x]) if len(x) else torch.empty(x.shape)
+
+
 def _row_sums(x: torch.Tensor) -> torch.Tensor:
     """Sum the last dimension, kept as 1, by adding its upper half to its lower until one is left."""
     while (n := x.shape[-1]) > 1:
@@ -220,9 +306,14 @@ def _rope_angles(positions: torch.Tensor, params: RopeParams) -> tuple[torch.Ten
     return torch.as_tensor(cos).float().unsqueeze(1), torch.as_tensor(sin).float().unsqueeze(1)
 
 
-def _attend(q: torch.Tensor, keys_values: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, keys_values: torch.Tensor, params: AttentionParams, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """One token over its keys and values, (2, context, num_kv_heads, head_dim) -> (num_heads * head_dim,)."""
     heads = q.reshape(params.num_kv_heads, -1, params.head_dim).clone()  # (kv_heads, group, head_dim)
     k, v = keys_values.float().transpose(1, 2).contiguous()  # (kv_heads, context, head_dim) each
     scores = torch.bmm(heads, k.transpose(1, 2).contiguous()) * params.scale  # (kv_heads, group, context)
-    return torch.bmm(torch.softmax(scores, dim=-1), v).reshape(-1)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.reshape(*scores.shape[:2], 1)), dim=2)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]].contiguous()
+    return torch.bmm(weights, v).reshape(-1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from worker_orcd.errors import UnsupportedArchitecture
 from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
-from worker_orcd.model.architectures import llama, qwen2, qwen3
+from worker_orcd.model.architectures import gemma3, gpt2, gpt_oss, llama, phi3, qwen2, qwen3
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.tensors import check_tensors
 
@@ -15,6 +15,11 @@ _ADAPTERS: dict[str, Callable[[GGUFFile], ModelConfig]] = {
     "llama": llama.configure,
     "qwen2": qwen2.configure,
     "qwen3": qwen3.configure,
+    "qwen3moe": qwen3.configure_moe,
+    "phi3": phi3.configure,
+    "gpt-oss": gpt_oss.configure,
+    "gpt2": gpt2.configure,
+    "gemma3": gemma3.configure,
 }
 
 SUPPORTED: tuple[str, ...] = tuple(_ADAPTERS)

@@ -2,28 +2,25 @@
 The hyper-parameters that every decoder-only GGUF states in the same keys, read once and checked.
 
 An adapter adds what is particular to its architecture. Keys that would change the arithmetic in a way nothing
-here computes (experts, unknown rope scaling) are refused by name: a file is executed right or not at all.
+computes (experts where an architecture has none, a window where no layer is known to slide) are refused by
+name: a file is executed right or not at all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from worker_orcd.errors import InvalidModelFile, UnsupportedArchitecture
-from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
-from worker_orcd.kernels.backend import AttentionParams, RopeParams
-from worker_orcd.model.config import LayerConfig, ModelConfig
-from worker_orcd.model.tensors import EMBEDDING, OUTPUT, ROPE_FACTORS, read_vector
+from worker_orcd.kernels.backend import AttentionParams, Glu
+from worker_orcd.model.config import FfnConfig, LayerConfig, ModelConfig, MoeConfig
+from worker_orcd.model.tensors import EMBEDDING, OUTPUT
 
 _MAX_LAYERS = 1024
 _MAX_WIDTH = 1 << 20
 _MAX_HEAD_DIM = 1024
 _MAX_CONTEXT = 1 << 30  # positions are int32
-_MIN_LINEAR_FACTOR = 1e-3
+_MAX_EXPERTS = 1 << 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,20 +36,25 @@ class Hyperparameters:
     head_dim: int
     context_length: int
     norm_eps: float
-    window: int | None  # sliding window of every layer, None where it would never bite
+    window: int | None  # of the layers that slide, None where it would never bite
     tied_embeddings: bool
-    rope: RopeParams
 
-    def attention(self) -> AttentionParams:
+    def attention(self, *, slides: bool = True) -> AttentionParams:
         return AttentionParams(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             scale=self.head_dim**-0.5,
-            window=self.window,
+            window=self.window if slides else None,
         )
 
-    def model(self, layers: tuple[LayerConfig, ...]) -> ModelConfig:
+    def ffn(self) -> FfnConfig:
+        return FfnConfig(dim=self.ffn_dim)
+
+    def model(
+        self, layers: tuple[LayerConfig, ...], unused_tensors: frozenset[str] = frozenset()
+    ) -> ModelConfig:
+        """`unused_tensors`: what the adapter has read itself."""
         return ModelConfig(
             architecture=self.architecture,
             name=self.name,
@@ -62,18 +64,21 @@ class Hyperparameters:
             norm_eps=self.norm_eps,
             tied_embeddings=self.tied_embeddings,
             layers=layers,
-            unused_tensors=frozenset({ROPE_FACTORS}),  # read into rope.inv_freq
+            unused_tensors=unused_tensors,
         )
 
 
-def read_hyperparameters(file: GGUFFile, *, may_slide: bool = False) -> Hyperparameters:
+def read_hyperparameters(
+    file: GGUFFile, *, may_slide: bool = False, experts: bool = False, norm: str = "layer_norm_rms_epsilon"
+) -> Hyperparameters:
     """Raises InvalidModelFile or UnsupportedArchitecture, naming the key and what was found.
 
-    `may_slide`: a sliding window in the file is one of every layer. Otherwise it is refused.
+    `may_slide`: the adapter knows which layers have a sliding window. `experts`: it reads them. Otherwise
+    either is refused. `norm`: the key of the norms' epsilon.
     """
     metadata = file.metadata
     architecture = metadata.string("general.architecture")
-    _refuse_what_is_not_computed(file, architecture)
+    _refuse_what_is_not_computed(file, architecture, experts=experts)
     dim = metadata.integer(f"{architecture}.embedding_length", low=1, high=_MAX_WIDTH)
     num_heads, num_kv_heads, head_dim = _heads(file, architecture, dim)
     context_length = metadata.integer(f"{architecture}.context_length", low=1, high=_MAX_CONTEXT)
@@ -96,20 +101,40 @@ def read_hyperparameters(file: GGUFFile, *, may_slide: bool = False) -> Hyperpar
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         context_length=context_length,
-        norm_eps=metadata.number(f"{architecture}.attention.layer_norm_rms_epsilon", low=0.0, high=1.0),
+        norm_eps=metadata.number(f"{architecture}.attention.{norm}", low=0.0, high=1.0),
         window=window,
         tied_embeddings=OUTPUT not in file.tensors,
-        rope=_rope(file, architecture, head_dim),
     )
 
 
-def _refuse_what_is_not_computed(file: GGUFFile, architecture: str) -> None:
+def read_experts(file: GGUFFile, *, glu: Glu = Glu.SWIGLU, bias: bool = False) -> MoeConfig:
+    """The mixture of experts that every layer has. Raises InvalidModelFile or UnsupportedArchitecture."""
+    metadata = file.metadata
+    architecture = metadata.string("general.architecture")
+    num_experts = metadata.integer(f"{architecture}.expert_count", low=1, high=_MAX_EXPERTS)
+    for key, computed in (
+        ("expert_shared_count", 0),
+        ("expert_group_count", 1),
+        ("leading_dense_block_count", 0),
+    ):
+        if (found := metadata.integer(f"{architecture}.{key}", default=computed)) > computed:
+            raise UnsupportedArchitecture(f"{architecture}.{key} is {found}; supported: {computed}")
+    return MoeConfig(
+        dim=metadata.integer(f"{architecture}.expert_feed_forward_length", low=1, high=_MAX_WIDTH),
+        num_experts=num_experts,
+        top_k=metadata.integer(f"{architecture}.expert_used_count", low=1, high=num_experts),
+        glu=glu,
+        bias=bias,
+    )
+
+
+def _refuse_what_is_not_computed(file: GGUFFile, architecture: str, *, experts: bool) -> None:
     if not file.metadata.boolean(f"{architecture}.attention.causal", default=True):
         raise UnsupportedArchitecture(
             f"{architecture}.attention.causal is false: a model that embeds texts cannot continue them"
         )
     key = f"{architecture}.expert_count"
-    if num_experts := file.metadata.optional_integer(key):
+    if not experts and (num_experts := file.metadata.optional_integer(key)):
         raise UnsupportedArchitecture(
             f"{key} is {num_experts}: mixtures of experts are not supported for {architecture}"
         )
@@ -160,44 +185,3 @@ def _vocab_size(file: GGUFFile) -> int:
                 "as many as tokenizer.ggml.tokens has entries"
             )
     return vocab_size
-
-
-def _rope(file: GGUFFile, architecture: str, head_dim: int) -> RopeParams:
-    """inv_freq[i] = base ** (-2i / rotary_dim), over the linear factor and `rope_freqs.weight` (Llama 3)."""
-    metadata, prefix = file.metadata, f"{architecture}.rope"
-    rotary_dim = metadata.integer(f"{prefix}.dimension_count", low=2, high=head_dim, default=head_dim)
-    if rotary_dim % 2:
-        raise InvalidModelFile(f"{prefix}.dimension_count is {rotary_dim}; it must be even")
-    base = metadata.number(f"{prefix}.freq_base", low=1.0, high=1e12, default=10000.0)
-    exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
-    inv_freq = base**-exponents / _linear_factor(file, prefix)  # (rotary_dim // 2,)
-    if ROPE_FACTORS in file.tensors:
-        inv_freq = inv_freq / _rope_factors(file, rotary_dim // 2)
-    attention_factor = metadata.number(f"{prefix}.scaling.attn_factor", low=1e-3, high=1e3, default=1.0)
-    return RopeParams(
-        rotary_dim=rotary_dim, inv_freq=tuple(inv_freq.tolist()), attention_factor=attention_factor
-    )
-
-
-def _linear_factor(file: GGUFFile, prefix: str) -> float:
-    """What positions are divided by; 1 where the file says nothing (or 0, as old converters wrote)."""
-    metadata = file.metadata
-    kind = metadata.string(f"{prefix}.scaling.type", default="linear")
-    if kind == "none":
-        return 1.0
-    if kind != "linear":
-        raise UnsupportedArchitecture(f"{prefix}.scaling.type is {quoted(kind)}; supported: none, linear")
-    legacy = metadata.number(f"{prefix}.scale_linear", low=0.0, high=1e6, default=1.0)
-    factor = metadata.number(f"{prefix}.scaling.factor", low=0.0, high=1e6, default=legacy) or 1.0
-    if factor < _MIN_LINEAR_FACTOR:  # positions over it would leave the range of floats
-        raise InvalidModelFile(
-            f"{prefix}.scaling.factor is {factor:g}; allowed are 0 and {_MIN_LINEAR_FACTOR:g} to 1e6"
-        )
-    return factor
-
-
-def _rope_factors(file: GGUFFile, count: int) -> NDArray[np.float64]:
-    factors = read_vector(file, ROPE_FACTORS, count).astype(np.float64)
-    if not np.all(np.isfinite(factors) & (factors > 0)):
-        raise InvalidModelFile(f"tensor '{ROPE_FACTORS}' holds values that are not finite and positive")
-    return factors

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.model.architectures.hyperparameters import read_hyperparameters
+from worker_orcd.model.architectures.rope import read_rope
 from worker_orcd.model.config import LayerConfig, ModelConfig
+from worker_orcd.model.tensors import ROPE_FACTORS
 
 
 def configure(file: GGUFFile) -> ModelConfig:
     h = read_hyperparameters(file, may_slide=True)
     layer = LayerConfig(
         attention=h.attention(),
-        rope=h.rope,
-        ffn_dim=h.ffn_dim,
+        rope=read_rope(file, h.head_dim),
+        ffn=h.ffn(),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         permuted_qk=True,
     )
-    return h.model((layer,) * h.num_layers)
+    return h.model((layer,) * h.num_layers, unused_tensors=frozenset({ROPE_FACTORS}))
