@@ -117,9 +117,11 @@ def manager() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/ready", calls
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/ready", calls
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def free_port() -> str:
