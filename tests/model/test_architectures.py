@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import MODELS, Tiny, TinyFile
+from tiny_variants import VARIANTS, tiny_file
 
 from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.errors import InvalidModelFile, LoadError, UnsupportedArchitecture, UnsupportedFormat
@@ -22,15 +23,17 @@ from worker_orcd.model.architectures import SUPPORTED, configure
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.tensors import expected_tensors
 
+ALL = MODELS | VARIANTS
+
 
 def configured(tiny: Tiny, directory: Path) -> ModelConfig:
-    with GGUFFile(TinyFile(tiny).write(directory / "tiny.gguf")) as file:
+    with GGUFFile(tiny_file(tiny).write(directory / "tiny.gguf")) as file:
         return configure(file)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_good_file(name: str, tmp_path: Path):
-    tiny = MODELS[name]
+    tiny = ALL[name]
     config = configured(tiny, tmp_path)
     assert config.architecture in SUPPORTED
     assert (config.dim, config.vocab_size, len(config.layers)) == (tiny.dim, tiny.vocab, tiny.layers)
@@ -42,9 +45,10 @@ def test_a_good_file(name: str, tmp_path: Path):
     assert layer.attention.head_dim == tiny.head_dim
     assert layer.attention.window == tiny.window
     assert layer.attention.scale == pytest.approx(tiny.head_dim**-0.5)
-    assert (layer.qkv_bias, layer.head_norms) == (tiny.qkv_bias, tiny.head_norms)
+    assert layer.qkv_bias == (tiny.qkv_bias or tiny.architecture in {"gpt-oss", "gpt2"})
+    assert layer.head_norms == tiny.head_norms
     assert layer.permuted_qk == (tiny.architecture == "llama")
-    assert set(expected_tensors(config)) | config.unused_tensors >= set(TinyFile(tiny).tensors)
+    assert set(expected_tensors(config)) | config.unused_tensors >= set(tiny_file(tiny).tensors)
 
 
 def test_rope_frequencies(tmp_path: Path):
@@ -69,7 +73,7 @@ def test_rope_frequencies(tmp_path: Path):
             "general.architecture",
             "mamba",
             UnsupportedArchitecture,
-            r"'mamba'; supported: llama, qwen2, qwen3",
+            r"'mamba'; supported: llama, qwen2, qwen3, qwen3moe, phi3, gpt-oss, gpt2, gemma3$",
         ),
         ("general.architecture", None, InvalidModelFile, r"general\.architecture"),
         ("llama.attention.head_count", 0, InvalidModelFile, r"llama\.attention\.head_count"),
@@ -188,12 +192,12 @@ VALUES = st.one_of(
 )
 
 
-FILES = {name: TinyFile(tiny) for name, tiny in MODELS.items()}
+FILES = {name: tiny_file(tiny) for name, tiny in ALL.items()}
 
 
 @pytest.mark.slow
-@given(name=st.sampled_from(sorted(MODELS)), data=st.data())
-@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(sorted(ALL)), data=st.data())
+@settings(max_examples=300, deadline=None)
 def test_any_metadata_gives_a_configuration_or_a_load_error(name: str, data: st.DataObject):
     file = FILES[name]
     keys = sorted(file.metadata()) + [
@@ -206,7 +210,13 @@ def test_any_metadata_gives_a_configuration_or_a_load_error(name: str, data: st.
             "attention.key_length",
             "attention.value_length",
             "attention.sliding_window",
+            "attention.sliding_window_pattern",
+            "rope.scaling.original_context_length",
+            "rope.scaling.yarn_beta_fast",
+            "rope.freq_base_swa",
             "expert_count",
+            "expert_used_count",
+            "final_logit_softcapping",
         )
     ]
     changes = data.draw(st.dictionaries(st.sampled_from(keys), VALUES, min_size=1, max_size=3))
@@ -222,5 +232,7 @@ def test_any_metadata_gives_a_configuration_or_a_load_error(name: str, data: st.
             return
     for layer in config.layers:
         assert 0 < layer.attention.num_kv_heads <= layer.attention.num_heads
+        if layer.rope is None:
+            continue
         assert np.isfinite(layer.rope.inv_freq).all()
         assert layer.rope.rotary_dim == 2 * len(layer.rope.inv_freq) <= layer.attention.head_dim

@@ -9,6 +9,7 @@ import gguf.quants
 import numpy as np
 import pytest
 from tiny_models import MODELS, Tiny, TinyFile, load_runner, twin_logits
+from tiny_variants import VARIANTS, tiny_file
 
 from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.config import DeviceConfig, EngineConfig
@@ -20,6 +21,7 @@ from worker_orcd.runner.scoring import score
 from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 
 PROMPT = np.random.default_rng(7).integers(0, 320, 300).tolist()
+ALL = MODELS | VARIANTS
 ENGINE = EngineConfig(max_num_seqs=512, max_num_batched_tokens=512)
 
 
@@ -38,9 +40,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_logits_are_those_of_transformers(name: str, backend: Backend, tmp_path: Path):
-    file = TinyFile(MODELS[name])
+    if name in VARIANTS and isinstance(backend, NativeBackend):
+        pytest.skip("no native kernels for it yet")
+    file = tiny_file(ALL[name])
     runner = load_runner(file.write(tmp_path / "tiny.gguf"), backend, ENGINE)
     expected = twin_logits(file, PROMPT)
     found = score(runner, PROMPT)

@@ -70,7 +70,9 @@ def test_weights_are_those_transformers_would_hold(name: str, tmp_path: Path):
             assert layer.qkv.bias is None
         for found, part in zip(layer.ffn.up.parts, ("gate", "up"), strict=True):
             np.testing.assert_array_equal(found, file.state[f"{theirs}mlp.{part}_proj.weight"])
-        np.testing.assert_array_equal(layer.attention_norm.gain, file.state[f"{theirs}input_layernorm.weight"])
+        np.testing.assert_array_equal(
+            layer.attention_norm.gain, file.state[f"{theirs}input_layernorm.weight"]
+        )
         assert layer.attention_norm.gain.dtype == np.float32
         assert (layer.q_norm is not None) == (layer.k_norm is not None) == file.tiny.head_norms
     assert weights.layers[0].qkv.formats == ["Q8_0", "F16", "Q4_1"]

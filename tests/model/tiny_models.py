@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf.quants
 import numpy as np
@@ -35,6 +35,8 @@ MIXED = {
     "ffn_up": GGMLType.Q8_0,
     "ffn_down": GGMLType.Q5_1,
     "attn_norm": GGMLType.F16,
+    "attn_qkv": GGMLType.Q5_1,
+    "position_embd": GGMLType.Q8_0,
 }
 
 
@@ -58,6 +60,7 @@ class Tiny:
     head_norms: bool = False
     rope_linear: float | None = None
     rope_llama3: bool = False
+    rope_long: bool = False
     window: int | None = None
     formats: dict[str, GGMLType] = field(default_factory=lambda: dict(MIXED))
     seed: int = 1
@@ -104,7 +107,17 @@ def llama3_factors(head_dim: int, base: float) -> Array:
 
 
 class TinyFile:
-    """Writes the file of a `Tiny` and keeps the dequantised weights under transformers' names."""
+    """Writes the file of a `Tiny` and keeps the dequantised weights under transformers' names.
+
+    For llama, mistral, qwen2 and qwen3; `tiny_variants` has the others.
+    """
+
+    # Names of the twin.
+    embedding, final_norm, block = "model.embed_tokens", "model.norm", "model.layers."
+    norms: ClassVar[dict[str, str]] = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
 
     def __init__(self, tiny: Tiny) -> None:
         self.tiny = tiny
@@ -153,21 +166,25 @@ class TinyFile:
         if tiny.rope_llama3:
             factors = llama3_factors(tiny.head_dim, tiny.rope_base)
             self.tensors["rope_freqs.weight"] = (factors, GGMLType.F32)
-        self._matrix("token_embd", "model.embed_tokens", tiny.vocab, tiny.dim, scale=1.0)
-        self._vector("output_norm.weight", "model.norm.weight", 1 + 0.2 * self._normal(tiny.dim))
+        self._matrix("token_embd", self.embedding, tiny.vocab, tiny.dim, scale=1.0)
+        self._vector("output_norm.weight", f"{self.final_norm}.weight", 1 + 0.2 * self._normal(tiny.dim))
         if tiny.tied:
-            self.state["lm_head.weight"] = self.state["model.embed_tokens.weight"]
+            self.state["lm_head.weight"] = self.state[f"{self.embedding}.weight"]
         else:
             self._matrix("output", "lm_head", tiny.vocab, tiny.dim)
         for index in range(tiny.layers):
-            self._layer(f"blk.{index}.", f"model.layers.{index}.")
+            self._layer(f"blk.{index}.", f"{self.block}{index}.")
 
     def _layer(self, ours: str, theirs: str) -> None:
+        for name, twin in self.norms.items():
+            gain = 1 + 0.2 * self._normal(self.tiny.dim)
+            self._vector(f"{ours}{name}.weight", f"{theirs}{twin}.weight", gain)
+        self._attention(ours, theirs)
+        self._ffn(ours, theirs)
+
+    def _attention(self, ours: str, theirs: str) -> None:
         tiny = self.tiny
         q_dim, kv_dim = tiny.heads * tiny.head_dim, tiny.kv_heads * tiny.head_dim
-        norms = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-        for name, twin in norms.items():
-            self._vector(f"{ours}{name}.weight", f"{theirs}{twin}.weight", 1 + 0.2 * self._normal(tiny.dim))
         for letter, heads, n in (("q", tiny.heads, q_dim), ("k", tiny.kv_heads, kv_dim), ("v", 0, kv_dim)):
             permuted = heads if tiny.architecture == "llama" else 0
             twin = f"{theirs}self_attn.{letter}_proj"
@@ -182,6 +199,9 @@ class TinyFile:
                     f"{ours}attn_{letter}_norm.weight", f"{theirs}self_attn.{letter}_norm.weight", gain
                 )
         self._matrix(f"{ours}attn_output", f"{theirs}self_attn.o_proj", tiny.dim, q_dim)
+
+    def _ffn(self, ours: str, theirs: str) -> None:
+        tiny = self.tiny
         self._matrix(f"{ours}ffn_gate", f"{theirs}mlp.gate_proj", tiny.ffn, tiny.dim)
         self._matrix(f"{ours}ffn_up", f"{theirs}mlp.up_proj", tiny.ffn, tiny.dim)
         self._matrix(f"{ours}ffn_down", f"{theirs}mlp.down_proj", tiny.dim, tiny.ffn)
@@ -204,17 +224,71 @@ class TinyFile:
             if name.endswith("weight")
             else GGMLType.F32
         )
-        decoded = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind).astype(np.float32)
-        self.state[twin] = decoded.reshape(values.shape)
-        self.tensors[name] = (interleave(values, permuted) if permuted else values, kind)
+        self.state[twin] = self._store(name, interleave(values, permuted) if permuted else values, kind)
+        if permuted:
+            self.state[twin] = decoded(values, kind)
+
+    def _store(self, name: str, values: Array, kind: GGMLType) -> Array:
+        """Put a tensor into the file; what a reader will decode."""
+        self.tensors[name] = (values, kind)
+        return decoded(values, kind)
+
+    def _twin(self, transformers: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+        """The configuration and the class of the twin."""
+        tiny = self.tiny
+        if tiny.architecture == "qwen2":
+            return transformers.Qwen2Config(**settings), transformers.Qwen2ForCausalLM
+        if tiny.architecture == "qwen3":
+            return transformers.Qwen3Config(**settings), transformers.Qwen3ForCausalLM
+        if tiny.window is not None:
+            settings["sliding_window"] = tiny.window
+            return transformers.MistralConfig(**settings), transformers.MistralForCausalLM
+        settings["attention_bias"] = tiny.qkv_bias
+        return transformers.LlamaConfig(**settings), transformers.LlamaForCausalLM
+
+    def twin(self) -> tuple[Any, Any]:
+        import transformers
+
+        tiny = self.tiny
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": tiny.rope_base}
+        if tiny.rope_linear is not None:
+            rope |= {"rope_type": "linear", "factor": tiny.rope_linear}
+        if tiny.rope_llama3:
+            rope |= LLAMA3_ROPE | {
+                "rope_type": "llama3",
+                "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
+            }
+        settings: dict[str, Any] = {
+            "vocab_size": tiny.vocab,
+            "hidden_size": tiny.dim,
+            "intermediate_size": tiny.ffn,
+            "num_hidden_layers": tiny.layers,
+            "num_attention_heads": tiny.heads,
+            "num_key_value_heads": tiny.kv_heads,
+            "head_dim": tiny.head_dim,
+            "rms_norm_eps": tiny.eps,
+            "rope_parameters": rope,
+            "max_position_embeddings": tiny.context,
+            "tie_word_embeddings": tiny.tied,
+            "attn_implementation": "eager",
+        }
+        return self._twin(transformers, settings)
+
+
+def decoded(values: Array, kind: GGMLType) -> Array:
+    """What is left of the values once they are stored as `kind`."""
+    return (
+        gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+        .astype(np.float32)
+        .reshape(values.shape)
+    )
 
 
 def twin_logits(file: TinyFile, token_ids: list[int]) -> Array:
     """(len(token_ids), vocab): what transformers computes with the same weights in float32."""
     import torch
 
-    tiny = file.tiny
-    config, model_class = _twin(tiny)
+    config, model_class = file.twin()
     state = {name: torch.from_numpy(np.array(values)) for name, values in file.state.items()}
     with torch.no_grad():
         model = model_class(config).eval().float()
@@ -226,47 +300,12 @@ def twin_logits(file: TinyFile, token_ids: list[int]) -> Array:
         return model(torch.tensor([token_ids]), use_cache=False).logits[0].numpy()
 
 
-def _twin(tiny: Tiny) -> tuple[Any, Any]:
-    import transformers
-
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": tiny.rope_base}
-    if tiny.rope_linear is not None:
-        rope |= {"rope_type": "linear", "factor": tiny.rope_linear}
-    if tiny.rope_llama3:
-        rope |= LLAMA3_ROPE | {
-            "rope_type": "llama3",
-            "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
-        }
-    settings: dict[str, Any] = {
-        "vocab_size": tiny.vocab,
-        "hidden_size": tiny.dim,
-        "intermediate_size": tiny.ffn,
-        "num_hidden_layers": tiny.layers,
-        "num_attention_heads": tiny.heads,
-        "num_key_value_heads": tiny.kv_heads,
-        "head_dim": tiny.head_dim,
-        "rms_norm_eps": tiny.eps,
-        "rope_parameters": rope,
-        "max_position_embeddings": tiny.context,
-        "tie_word_embeddings": tiny.tied,
-        "attn_implementation": "eager",
-    }
-    if tiny.architecture == "qwen2":
-        return transformers.Qwen2Config(**settings), transformers.Qwen2ForCausalLM
-    if tiny.architecture == "qwen3":
-        return transformers.Qwen3Config(**settings), transformers.Qwen3ForCausalLM
-    if tiny.window is not None:
-        settings["sliding_window"] = tiny.window
-        return transformers.MistralConfig(**settings), transformers.MistralForCausalLM
-    settings["attention_bias"] = tiny.qkv_bias
-    return transformers.LlamaConfig(**settings), transformers.LlamaForCausalLM
-
-
 def load_runner(path: Path, backend: Backend, engine: EngineConfig | None = None) -> ModelRunner:
     """Everything from the file to a runner, as the worker does it; 8 MiB of KV cache at least."""
     engine = engine or EngineConfig(max_num_seqs=64, max_num_batched_tokens=512)
     with GGUFFile(path) as file:
         config = configure(file)
-        weights = load_weights(file, config, backend)
         plan = make_plan(config, tensor_bytes(file), backend, engine, DeviceConfig(), 1 << 30)
+        config = config.serving(plan.max_model_len)
+        weights = load_weights(file, config, backend)
     return ModelRunner(Decoder(config, weights, backend), backend, plan, engine)

@@ -18,7 +18,7 @@ def configure(file: GGUFFile) -> ModelConfig:
     h = read_hyperparameters(file, may_slide=True)
     layer = LayerConfig(
         attention=h.attention(),
-        rope=read_rope(file, h.head_dim),
+        rope=read_rope(file, h.head_dim, factors=ROPE_FACTORS if ROPE_FACTORS in file.tensors else None),
         ffn=h.ffn(),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         permuted_qk=True,

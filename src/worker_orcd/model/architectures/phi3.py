@@ -27,10 +27,11 @@ _KINDS = ("none", "linear", "longrope")
 def configure(file: GGUFFile) -> ModelConfig:
     h = read_hyperparameters(file, may_slide=True)
     is_long = LONG_FACTORS in file.tensors or SHORT_FACTORS in file.tensors
+    short, long = (SHORT_FACTORS, LONG_FACTORS) if is_long else (None, None)
     layer = LayerConfig(
         attention=h.attention(),
-        rope=read_rope(file, h.head_dim, kinds=_KINDS, factors=SHORT_FACTORS),
-        long_rope=read_rope(file, h.head_dim, kinds=_KINDS, factors=LONG_FACTORS) if is_long else None,
+        rope=read_rope(file, h.head_dim, kinds=_KINDS, factors=short),
+        long_rope=read_rope(file, h.head_dim, kinds=_KINDS, factors=long) if is_long else None,
         ffn=FfnConfig(dim=h.ffn_dim, fused=True),
         fused_qkv=True,
     )

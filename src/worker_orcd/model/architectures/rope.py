@@ -19,7 +19,7 @@ from worker_orcd.errors import InvalidModelFile, UnsupportedArchitecture
 from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import RopeParams
-from worker_orcd.model.tensors import ROPE_FACTORS, read_vector
+from worker_orcd.model.tensors import read_vector
 
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 _MIN_FACTOR = 1e-3
@@ -32,13 +32,12 @@ def read_rope(
     *,
     kinds: Sequence[str] = ("none", "linear", "yarn"),
     truncate: bool = True,
-    factors: str | None = ROPE_FACTORS,
+    factors: str | None = None,
 ) -> RopeParams:
     """Raises InvalidModelFile or UnsupportedArchitecture, naming the key.
 
     `kinds`: the values of `rope.scaling.type` that the architecture has. `truncate`: whether YaRN's range of
-    dimensions is rounded to whole ones. `factors`: a tensor by which frequencies are divided, where the file
-    has it.
+    dimensions is rounded to whole ones. `factors`: the tensor by which frequencies are divided.
     """
     metadata, prefix = file.metadata, _prefix(file)
     rotary_dim = metadata.integer(f"{prefix}.dimension_count", low=2, high=head_dim, default=head_dim)
@@ -58,7 +57,7 @@ def read_rope(
         factor = _factor(file, prefix)
         inv_freq = _yarn(file, prefix, inv_freq, base, factor, truncate=truncate)
         attention_factor *= 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if factors is not None and factors in file.tensors:
+    if factors is not None:
         inv_freq = inv_freq / _tensor_factors(file, factors, rotary_dim // 2)
     return rope_params(inv_freq, attention_factor)
 
