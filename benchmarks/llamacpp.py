@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PINNED = "2026.10.11549"
+_NO_FLASH, _F32 = 0, 0  # llama_flash_attn_type, ggml_type
 
 
 class ModelParams(c.Structure):
@@ -142,9 +143,15 @@ def _library() -> c.CDLL:
 
 
 class LlamaCpp:
-    """One model in one context. Not thread-safe. `repack`: it may re-arrange weights, as is its default."""
+    """One model in one context. Not thread-safe.
 
-    def __init__(self, path: Path, *, n_ctx: int = 1024, threads: int = 1, repack: bool = True) -> None:
+    `repack`: it may re-arrange weights, as is its default. `exact`: K and V in float32 and no flash
+    attention, which cost 5e-4 of a float32 file's logits.
+    """
+
+    def __init__(
+        self, path: Path, *, n_ctx: int = 1024, threads: int = 1, repack: bool = True, exact: bool = False
+    ) -> None:
         self._lib = lib = _library()
         model_params = lib.llama_model_default_params()
         model_params.use_extra_bufts = repack
@@ -158,6 +165,8 @@ class LlamaCpp:
         params.n_ubatch = min(n_ctx, 512)
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
+        if exact:
+            params.flash_attn_type, params.type_k, params.type_v = _NO_FLASH, _F32, _F32
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens")

@@ -260,3 +260,20 @@ def test_links_in_documents_lead_somewhere() -> None:
             if not re.match(r"[a-z]+:", target) and not (document.parent / target).exists():
                 broken.append(f"{document.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+def test_the_page_about_adding_an_architecture_shows_the_code() -> None:
+    page = (ROOT / "docs" / "adding-an-architecture.md").read_text(encoding="utf-8")
+    adapter = (SOURCE / "model" / "architectures" / "qwen2.py").read_text(encoding="utf-8")
+    assert f"```python\n{adapter}```" in page
+    added = re.findall(r"^\+(.*)$", page, re.MULTILINE)
+    assert len(added) + len(adapter.splitlines()) <= 60
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (
+            SOURCE / "model" / "architectures" / "__init__.py",
+            ROOT / "tests" / "model" / "tiny_models.py",
+        )
+    )
+    for line in added[1:]:  # the first is the import, which has grown
+        assert line in code, line

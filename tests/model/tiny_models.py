@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.gguf.writer import GGUFWriter
 from worker_orcd.kernels.backend import Backend
 from worker_orcd.model.architectures import configure
+from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import load_weights
 from worker_orcd.runner.plan import make_plan, tensor_bytes
@@ -37,6 +39,9 @@ MIXED = {
     "attn_norm": GGMLType.F16,
     "attn_qkv": GGMLType.Q5_1,
     "position_embd": GGMLType.Q8_0,
+    "ffn_gate_exps": GGMLType.MXFP4,
+    "ffn_up_exps": GGMLType.Q8_0,
+    "ffn_down_exps": GGMLType.MXFP4,
 }
 
 
@@ -300,12 +305,20 @@ def twin_logits(file: TinyFile, token_ids: list[int]) -> Array:
         return model(torch.tensor([token_ids]), use_cache=False).logits[0].numpy()
 
 
-def load_runner(path: Path, backend: Backend, engine: EngineConfig | None = None) -> ModelRunner:
-    """Everything from the file to a runner, as the worker does it; 8 MiB of KV cache at least."""
+def load_runner(
+    path: Path,
+    backend: Backend,
+    engine: EngineConfig | None = None,
+    change: Callable[[ModelConfig], ModelConfig] = lambda config: config,
+) -> ModelRunner:
+    """Everything from the file to a runner, as the worker does it; 8 MiB of KV cache at least.
+
+    `change`: what the network is to compute instead of what the file says.
+    """
     engine = engine or EngineConfig(max_num_seqs=64, max_num_batched_tokens=512)
     with GGUFFile(path) as file:
         config = configure(file)
         plan = make_plan(config, tensor_bytes(file), backend, engine, DeviceConfig(), 1 << 30)
-        config = config.serving(plan.max_model_len)
+        config = change(config.serving(plan.max_model_len))
         weights = load_weights(file, config, backend)
     return ModelRunner(Decoder(config, weights, backend), backend, plan, engine)

@@ -20,11 +20,6 @@ EXPERTS, TOP_K, EXPERT_FFN = 8, 3, 64
 ORIGINAL_CONTEXT = 64  # of YaRN and longrope: shorter than the prompts
 YARN_FACTOR, LONG_SCALE = 32.0, 8.0
 
-EXPERT_FORMATS = {
-    "ffn_gate_exps": GGMLType.MXFP4,
-    "ffn_up_exps": GGMLType.Q8_0,
-    "ffn_down_exps": GGMLType.MXFP4,
-}
 VARIANTS = {
     "qwen3moe": Tiny(architecture="qwen3moe", head_norms=True, head_dim=32, eps=1e-6, rope_base=1e6),
     "phi3": Tiny(architecture="phi3"),
@@ -57,7 +52,8 @@ class _Experts(TinyFile):
     def _stack(self, name: str, n: int, k: int, scale: float) -> Array:
         """A matrix of each expert, stored; the decoded values: (experts, n, k)."""
         values = self._normal(EXPERTS, n, k) * np.float32(scale * k**-0.5)
-        return self._store(f"{name}.weight", values, EXPERT_FORMATS[name.split(".")[-1]])
+        kind = self.tiny.formats.get(name.split(".")[-1], GGMLType.F32)
+        return self._store(f"{name}.weight", values, kind)
 
 
 class Qwen3Moe(_Experts):
