@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import MODELS
 from tiny_variants import VARIANTS
+
 from tiny_vs_llamacpp import NAMES, compare
 
 
