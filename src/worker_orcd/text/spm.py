@@ -30,8 +30,10 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     ranked: list[tuple[float, int, list[tuple[str, str]]]] = []
     for text, i in ids.items():
         pairs = [(text[:k], text[k:]) for k in range(1, len(text)) if text[:k] in ids and text[k:] in ids]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         if pairs:
-            ranked.append((-scores[i], i, sorted(pairs, key=lambda p: (ids[p[0]], ids[p[1]]))))
+            ranked.append((-scores[i], i, pairs))
     ranked.sort(key=lambda r: r[:2])
     return [pair for _, _, pairs in ranked for pair in pairs]
 

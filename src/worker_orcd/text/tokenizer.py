@@ -36,7 +36,7 @@ Kind = Literal["gguf-bpe", "hf-json"]
 _INK = re.compile(r"\S")  # white space has no owner: control tokens may swallow it, but are not named by it
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_NAME = 256  # characters of a control token
-_MAX_NAMES = 1 << 16  # characters of all control tokens; published vocabularies have up to 20,000
+_MAX_NAMES = 1 << 18  # characters of all control tokens; Gemma 3 has 74,000
 _LONG = 2048  # characters from which encoding is worth giving other threads a turn
 
 
@@ -251,8 +251,9 @@ def load_tokenizer(metadata: Metadata, tokenizer_json: Path | None = None) -> To
 def _from_vocabulary(vocabulary: Vocabulary) -> Tokenizer:
     is_spm = vocabulary.model == "llama"
     plain, special = build_spm(vocabulary) if is_spm else build_bpe(vocabulary)
+    added = special.get_added_tokens_decoder()  # a copy at each call
     control = {
-        i: special.get_added_tokens_decoder()[i]
+        i: added[i]
         for i, kind in enumerate(vocabulary.types)
         if kind == TokenType.CONTROL
     }
