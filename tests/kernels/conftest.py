@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,14 @@ def isas(library: Library) -> Iterator[list[str]]:
 
 
 @pytest.fixture
+def same_threads_afterwards(library: Library) -> Iterator[None]:
+    """Whatever size a test gives the pool is undone."""
+    threads = library.num_threads
+    yield
+    library.set_threads(threads)
+
+
+@pytest.fixture
 def make_native(library: Library) -> Iterator[Callable[..., NativeBackend]]:
     """A native backend; the pool's size is undone. Float32 throughout unless told."""
     threads = library.num_threads
@@ -88,6 +96,11 @@ class ToyConfig:
     window: int | None = None
     weight_format: str = "Q4_0"
     head_norms: bool = False
+    num_experts: int = 0  # 0: a dense feed-forward
+    top_k: int = 2
+    glu: Glu = Glu.SWIGLU
+    sinks: bool = False
+    layer_norms: bool = False  # and learned positions, and their GELU: GPT-2's ways
     seed: int = 0
 
 
@@ -121,24 +134,43 @@ class Toy:
         def gain(n: int) -> Any:
             return backend.vector((1 + 0.1 * rng.standard_normal(n)).astype(np.float32))
 
+        def norm(n: int) -> Any:
+            bias = backend.vector(0.1 * rng.standard_normal(n).astype(np.float32)) if c.layer_norms else None
+            return gain(n), bias
+
+        def experts(n: int, k: int, parts: int) -> Any:
+            bias = rng.standard_normal((c.num_experts, n)).astype(np.float32)
+            stacks = [replace(matrix(c.num_experts * n, k), n=n) for _ in range(parts)]
+            return backend.experts(stacks, c.num_experts, [bias, *[None] * (parts - 1)])
+
         self.table = backend.embedding(matrix(c.vocab, c.dim))
+        self.positions = backend.embedding(matrix(1024, c.dim)) if c.layer_norms else None
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.layers = [
             {
-                "attn_norm": gain(c.dim),
+                "attn_norm": norm(c.dim),
                 "q_norm": gain(c.head_dim),
                 "qkv": backend.matrix(
                     [matrix(q, c.dim), matrix(kv, c.dim), matrix(kv, c.dim)],
                     [None, rng.standard_normal(kv).astype(np.float32), None],
                 ),
                 "o": backend.matrix([matrix(c.dim, q)]),
-                "ffn_norm": gain(c.dim),
-                "gate_up": backend.matrix([matrix(c.ffn, c.dim), matrix(c.ffn, c.dim)]),
-                "down": backend.matrix([matrix(c.dim, c.ffn)]),
+                "ffn_norm": norm(c.dim),
+                "sinks": backend.vector(rng.standard_normal(c.num_heads).astype(np.float32))
+                if c.sinks
+                else None,
             }
             for _ in range(c.layers)
         ]
-        self.norm = gain(c.dim)
+        for layer in self.layers:
+            if c.num_experts:
+                layer["router"] = backend.matrix([matrix(c.num_experts, c.dim)])
+                layer["gate_up"] = experts(c.ffn, c.dim, 2)
+                layer["down"] = experts(c.dim, c.ffn, 1)
+            else:
+                layer["gate_up"] = backend.matrix([matrix(c.ffn, c.dim), matrix(c.ffn, c.dim)])
+                layer["down"] = backend.matrix([matrix(c.dim, c.ffn)])
+        self.norm = norm(c.dim)
         self.caches = [
             backend.allocate_cache(self.num_blocks, self.limits.block_size, c.num_kv_heads, c.head_dim)
             for _ in range(c.layers)
@@ -159,19 +191,39 @@ class Toy:
         b, c = self.backend, self.config
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         x = b.scale(b.embed(inputs.token_ids, self.table), math.sqrt(c.dim))
+        if self.positions is not None:
+            x = b.add(x, b.embed(inputs.positions, self.positions))
         for weights, cache in zip(self.layers, self.caches, strict=True):
-            normed = b.rms_norm(x, weights["attn_norm"], 1e-5)
+            normed = self._norm(x, weights["attn_norm"])
             q, k, v = b.split(b.linear(normed, weights["qkv"]), [q_width, kv_width, kv_width])
             if c.head_norms:
                 q, k = (b.rms_norm(part, weights["q_norm"], 1e-5) for part in (q, k))
             q = b.rope(q, inputs.positions, self.rope, c.head_dim)
             k = b.rope(k, inputs.positions, self.rope, c.head_dim)
             b.store_kv(k, v, cache, inputs)
-            x = b.add(x, b.linear(b.attention(q, cache, inputs, self.attention), weights["o"]))
-            normed = b.rms_norm(x, weights["ffn_norm"], 1e-5)
-            gate, up = b.split(b.linear(normed, weights["gate_up"]), [c.ffn, c.ffn])
-            x = b.add(x, b.linear(b.glu(Glu.SWIGLU, gate, up), weights["down"]))
-        return b.linear(b.rms_norm(b.take(x, inputs.logit_tokens), self.norm, 1e-5), self.table)
+            attended = b.attention(q, cache, inputs, self.attention, weights["sinks"])
+            x = b.add(x, b.linear(attended, weights["o"]))
+            if weights is self.layers[-1]:
+                x = b.take(x, inputs.logit_tokens)
+            x = b.add(x, self._ffn(self._norm(x, weights["ffn_norm"]), weights))
+        return b.linear(self._norm(x, self.norm), self.table)
+
+    def _norm(self, x: Any, norm: tuple[Any, Any]) -> Any:
+        gain, bias = norm
+        if bias is None:
+            return self.backend.rms_norm(x, gain, 1e-5)
+        return self.backend.layer_norm(x, gain, bias, 1e-5)
+
+    def _ffn(self, x: Any, weights: dict[str, Any]) -> Any:
+        b, c = self.backend, self.config
+        if c.num_experts:
+            routing = b.route(b.linear(x, weights["router"]), c.top_k)
+            gate, up = b.expert_linear(x, weights["gate_up"], routing)
+            (out,) = b.expert_linear(b.glu(c.glu, gate, up), weights["down"], routing)
+            return b.combine(out, routing)
+        gate, up = b.split(b.linear(x, weights["gate_up"]), [c.ffn, c.ffn])
+        hidden = b.gelu(gate) if c.layer_norms else b.glu(c.glu, gate, up)
+        return b.linear(hidden, weights["down"])
 
     def step(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """One step; logits of every token of every chunk (max_rows equals max_tokens in a toy)."""

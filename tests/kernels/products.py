@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import subprocess
 import sys
 import textwrap
@@ -88,6 +89,102 @@ class Product:
         return result
 
 
+@dataclass(frozen=True)
+class ExpertProduct:
+    """A stack of matrices, an expert's after the other's, packed and dequantised."""
+
+    library: Library
+    format: WeightFormat
+    n: int
+    k: int
+    packed: np.ndarray  # (num_experts, bytes)
+    weights: np.ndarray  # (num_experts, n, k) float32
+
+    def operations(
+        self,
+        arrays: ExpertArrays,
+        activations: int,
+        bias: np.ndarray | None = None,
+    ) -> list[Op]:
+        """Route by the logits, then multiply."""
+        logits, routing, x, out = arrays.logits, arrays.routing, arrays.x, arrays.out
+        num_experts, top_k = len(self.packed), arrays.top_k
+        route = Op(
+            kind=Kind.ROUTE, x=logits.ctypes.data, ldx=logits.strides[0] // 4, out=routing.ctypes.data,
+            ldout=routing.strides[0] // 4, n=num_experts, top_k=top_k,
+        )  # fmt: skip
+        multiply = Op(
+            kind=Kind.EXPERT_LINEAR,
+            x=x.ctypes.data,
+            y=routing.ctypes.data,
+            out=out.ctypes.data,
+            ldx=x.strides[0] // 4,
+            ldy=routing.strides[0] // 4,
+            ldout=out.strides[0] // 4,
+            n=self.n,
+            k=self.k,
+            weight=self.packed.ctypes.data,
+            format=self.format.ggml_type,
+            activations=activations,
+            vector=None if bias is None else bias.ctypes.data,
+            width=0 if x.shape[1] == self.k else self.k,
+            num_experts=num_experts,
+            top_k=top_k,
+        )
+        return [route, multiply]
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        logits: np.ndarray,
+        top_k: int,
+        activations: int,
+        bias: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """(tokens, top_k, n). `x` is (tokens, k) or (tokens, top_k * k). Nothing else is written."""
+        tokens, width = len(x), top_k * self.n
+        whole = np.full((tokens + 1, width + 19), CANARY)
+        routing = np.full((tokens + 1, 5 * top_k + 3), CANARY)
+        arrays = ExpertArrays(x, logits, routing, whole[:, 3:], top_k)
+        assert run(self.library, self.operations(arrays, activations, bias), tokens) == 0
+        result = whole[:tokens, 3 : 3 + width].copy()
+        whole[:tokens, 3 : 3 + width] = routing[:tokens, : 5 * top_k] = CANARY
+        assert (whole == CANARY).all()
+        assert (routing == CANARY).all()
+        return result.reshape(tokens, top_k, self.n)
+
+    def exactly(self, x: np.ndarray, experts: np.ndarray) -> np.ndarray:
+        """(tokens, top_k, n) in float64."""
+        tokens, top_k = experts.shape
+        slots = np.broadcast_to(x[:, None], (tokens, top_k, self.k)) if x.shape[1] == self.k else x
+        inputs = slots.reshape(tokens, top_k, self.k).astype(np.float64)
+        return np.einsum("tsnk,tsk->tsn", self.weights[experts].astype(np.float64), inputs)
+
+
+@dataclass(frozen=True)
+class ExpertArrays:
+    x: np.ndarray
+    logits: np.ndarray
+    routing: np.ndarray
+    out: np.ndarray
+    top_k: int
+
+
+def highest(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """(tokens, top_k): the experts a routing must name; logits without NaN."""
+    return np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+
+
+def make_experts(library: Library, name: str, num_experts: int, n: int, k: int) -> ExpertProduct:
+    products = [make_product(library, name, n, k, seed) for seed in range(num_experts)]
+    size = products[0].packed.nbytes
+    buffer = np.zeros(num_experts * size + 64, np.uint8)
+    packed = buffer[-buffer.ctypes.data % 64 :][: num_experts * size].reshape(num_experts, size)
+    packed[:] = [product.packed for product in products]
+    weights = np.stack([product.weights for product in products])
+    return ExpertProduct(library, BY_NAME[name], n, k, packed, weights)
+
+
 def run(library: Library, operations: Sequence[Op], tokens: int, token_ids: np.ndarray | None = None) -> int:
     program = (Op * len(operations))(*operations)
     batch = Batch(num_tokens=tokens, token_ids=None if token_ids is None else token_ids.ctypes.data)
@@ -119,6 +216,22 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
+
+
+_guarded: list[mmap.mmap] = []
+
+
+def before_a_guard_page(data: np.ndarray) -> np.ndarray:
+    """A copy that ends where a page begins that may not be touched. For processes that may crash."""
+    size = -(-data.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _guarded.append(memory)
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    moved = np.frombuffer(memory, data.dtype, data.size, size - data.nbytes).reshape(data.shape)
+    moved[:] = data
+    return moved
 
 
 def in_a_fresh_process(script: str) -> str:

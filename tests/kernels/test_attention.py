@@ -26,6 +26,7 @@ class Context:
     length: int
     window: int | None = None
     block_size: int = BLOCK
+    sinks: tuple[float, ...] = ()  # repeated for all heads
     seed: int = 0
 
     @property
@@ -63,11 +64,13 @@ class Attention:
             scale=c.head_dim**-0.5,
             window=c.window,
         )
+        sinks = backend.vector(np.resize(np.array(c.sinks, np.float32), c.heads)) if c.sinks else None
 
         def forward(inputs):
             q, k, v = backend.split(backend.embed(inputs.token_ids, table), c.widths)
             backend.store_kv(k, v, self.cache, inputs)
-            return backend.take(backend.attention(q, self.cache, inputs, params), inputs.logit_tokens)
+            attended = backend.attention(q, self.cache, inputs, params, sinks)
+            return backend.take(attended, inputs.logit_tokens)
 
         self.inputs = backend.allocate_inputs(self.limits)
         self.run = backend.compile(forward, self.inputs, self.limits)
@@ -111,6 +114,10 @@ SHAPES = [
     Context(3, 1, 96, 90, window=17),
     Context(3, 3, 64, 90, window=1),
     Context(4, 2, 64, 100, block_size=48),
+    Context(8, 2, 64, 70, sinks=(0.5, -3.0, 8.0)),
+    Context(6, 3, 96, 40, window=5, sinks=(2.0, 40.0)),
+    Context(4, 1, 256, 20, sinks=(-1.0,)),
+    Context(9, 3, 40, 33, window=1, sinks=(0.0, 1.0)),
 ]
 
 
@@ -129,6 +136,7 @@ LONG = [
     Context(6, 2, 64, 1600),
     Context(3, 1, 32, 1300, window=600),
     Context(4, 4, 48, 1100, window=100, block_size=32),
+    Context(6, 2, 64, 1500, sinks=(1.0, 30.0, -2.0)),
 ]
 
 
@@ -141,7 +149,7 @@ def test_contexts_of_several_splits(context, make_native):
 
 
 @pytest.mark.parametrize("kv", ["float32", "float16"])
-@pytest.mark.parametrize("context", [*LONG, SHAPES[2], SHAPES[4], SHAPES[7]], ids=str)
+@pytest.mark.parametrize("context", [*LONG, SHAPES[2], SHAPES[4], SHAPES[7], SHAPES[10]], ids=str)
 def test_bits_depend_on_nothing_but_the_prefix(context, kv, make_native, isas, library):
     want = Attention(make_native(kv_cache_dtype=kv), context).last(30, 256, context.blocks())
     for isa in isas if context.length < 200 else [isas[-1]]:
@@ -155,9 +163,10 @@ def test_bits_depend_on_nothing_but_the_prefix(context, kv, make_native, isas, l
             )
 
 
+@pytest.mark.parametrize("sinks", [(), (1.0, -2.0)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_decoding_alone_and_among_others_is_prefill(threads, make_native):
-    context = Context(6, 2, 64, 1400)
+def test_decoding_alone_and_among_others_is_prefill(threads, sinks, make_native):
+    context = Context(6, 2, 64, 1400, sinks=sinks)
     attention = Attention(make_native(threads), context, garbage=0xFF)
     blocks = context.blocks()
     want = attention.last(32, 256, blocks)  # of 1368 … 1399
@@ -169,6 +178,32 @@ def test_decoding_alone_and_among_others_is_prefill(threads, make_native):
     np.testing.assert_array_equal(together, want[np.array(positions) - 1368])
     many = attention.step([(1368 + i, 1, blocks) for i in range(32)])
     np.testing.assert_array_equal(many, want)
+
+
+@pytest.mark.parametrize("length", [20, 1100])
+def test_a_sink_may_be_far_above_or_below_all_scores(length, make_native, isas, library):
+    """Far below it changes nothing; far above it takes all the weight, and nothing overflows."""
+    blocks = Context(4, 2, 64, length).blocks()
+    for isa in isas:
+        library.force_isa(isa)
+        backend = make_native(2)
+        plain = Attention(backend, Context(4, 2, 64, length)).last(4, 256, blocks).reshape(4, 4, 64)
+        sinks = (-1e30, 300.0, -np.inf, 3e38)
+        found = Attention(backend, Context(4, 2, 64, length, sinks=sinks)).last(4, 256, blocks)
+        found = found.reshape(4, 4, 64)
+        np.testing.assert_array_equal(found[:, 0], plain[:, 0])
+        np.testing.assert_array_equal(found[:, 2], plain[:, 2])
+        np.testing.assert_array_equal(found[:, [1, 3]], 0)
+
+
+def test_a_sink_is_one_more_score(make_native):
+    """With one token in sight its V counts e^score / (e^score + e^sink)."""
+    context = Context(2, 1, 16, 5, window=1, sinks=(0.25, -0.75))
+    q, k, v = np.split(context.table().data.view(np.float32).astype(np.float64), [32, 48], axis=1)
+    scores = np.einsum("thd,td->th", q.reshape(5, 2, 16), k) / 4
+    share = 1 / (1 + np.exp(np.array(context.sinks) - scores))
+    found = Attention(make_native(), context).last(5, 5, context.blocks())
+    np.testing.assert_allclose(found.reshape(5, 2, 16), share[:, :, None] * v[:, None], rtol=1e-5)
 
 
 def test_as_many_tokens_as_rows_need_not_be_one_each(make_native):

@@ -10,6 +10,7 @@ import pytest
 
 from worker_orcd.kernels.cpu import build
 from worker_orcd.kernels.cpu.build import COMPILERS, LibraryUnavailable, load_library
+from worker_orcd.kernels.cpu.library import ABI_VERSION
 
 STUB = """
 #include "orcd.h"
@@ -21,7 +22,7 @@ int orcd_num_threads(void) { return 1; }
 int orcd_run(const orcd_op *o, int32_t n, const orcd_batch *b) { return o && b ? n : 0; }
 #define PLAN(name) int name(const orcd_op *o, const orcd_batch *b, orcd_task *t) { return o && b && t; }
 PLAN(orcd_plan_linear) PLAN(orcd_plan_embed) PLAN(orcd_plan_elementwise)
-PLAN(orcd_plan_store_kv) PLAN(orcd_plan_attention)
+PLAN(orcd_plan_store_kv) PLAN(orcd_plan_attention) PLAN(orcd_plan_route) PLAN(orcd_plan_expert_linear)
 int64_t orcd_packed_bytes(int32_t f, int64_t n, int64_t k) { return f * n * k; }
 int orcd_pack(int32_t f, int64_t n, int64_t k, int64_t a, int64_t b, const uint8_t *s, void *d) {
   return f + n + k + a + b + (s != d) > 0;
@@ -119,7 +120,7 @@ def test_the_compiler_s_last_words_are_repeated_without_paths(compiler, sources,
 
 def test_another_abi_version_is_refused(compiler, sources, tmp_path):
     (sources / "stub.c").write_text(STUB.replace("return ORCD_ABI_VERSION", "return 77"))
-    with pytest.raises(LibraryUnavailable, match="ABI version 77; this version needs 1"):
+    with pytest.raises(LibraryUnavailable, match=f"ABI version 77; this version needs {ABI_VERSION}"):
         load_library(sources, tmp_path / "cache")
 
 

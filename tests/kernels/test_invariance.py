@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 
 CONFIGS = {
@@ -17,6 +18,14 @@ CONFIGS = {
         {"kv_cache_dtype": "float16"},
         {"window": 100, "num_heads": 8, "num_kv_heads": 1},
     ),
+    "layer norms, learned positions, gelu": ({}, {"layer_norms": True, "dim": 96}),
+    "geglu": ({"cpu_activations": "int16"}, {"glu": Glu.GEGLU}),
+    "experts, sinks, window": (
+        {"cpu_activations": "int8"},
+        {"num_experts": 8, "top_k": 3, "glu": Glu.CLAMPED_SWIGLU, "sinks": True, "window": 20},
+    ),
+    "experts, float32": ({}, {"num_experts": 16, "top_k": 4, "weight_format": "Q8_0"}),
+    "experts, int16": ({"cpu_activations": "int16"}, {"num_experts": 4, "glu": Glu.GEGLU, "sinks": True}),
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -29,11 +27,7 @@ ERRORS = {8: 2e-2, 16: 2e-4, 32: 2e-6}
 TOKENS = (1, 2, 3, 4, 7, 8, 9, 64)
 
 
-@pytest.fixture(autouse=True)
-def same_threads_afterwards(library: Library) -> Iterator[None]:
-    threads = library.num_threads
-    yield
-    library.set_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
 
 
 def modes(name: str) -> tuple[int, ...]:
@@ -262,26 +256,12 @@ def test_rows_of_logits(library: Library) -> None:
 
 
 GUARDED = """
-    import ctypes, mmap, sys
     import numpy as np
     from dataclasses import replace
-    from kernels.products import make_product, random_activations, run, same_bits
+    from kernels.products import before_a_guard_page, make_product, random_activations, run, same_bits
     from worker_orcd.kernels.cpu.build import load_library
     from worker_orcd.kernels.cpu.library import Kind, Op
     from worker_orcd.quant import ALL
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    kept = []
-
-    def before_a_guard_page(data):
-        size = -(-data.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        kept.append(memory)
-        assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
-        moved = np.frombuffer(memory, data.dtype, data.size, size - data.nbytes).reshape(data.shape)
-        moved[:] = data
-        return moved
 
     library = load_library()
     for weight_format in ALL:

@@ -134,6 +134,12 @@ def test_operations_run_only_in_a_program(make_native):
         backend.scale(fresh(4, Rows.TOKENS), 2.0)
 
 
+def _experts(backend, k):
+    """Four of 2 x k."""
+    data = np.zeros((8, k), np.float32).view(np.uint8)
+    return backend.experts([Matrix("w", BY_NAME["F32"], 2, k, data)], 4)
+
+
 ROPE = RopeParams(rotary_dim=8, inv_freq=(1.0,) * 4)
 REFUSED = {
     "add: 32 columns of TOKENS, 16 of TOKENS": lambda b, i, x: b.add(x, b.split(x, [16, 16])[0]),
@@ -143,6 +149,26 @@ REFUSED = {
     "rope: 32 columns, heads of 12": lambda b, i, x: b.rope(x, i.positions, ROPE, 12),
     "expected the step's own positions": lambda b, i, x: b.rope(x, i.token_ids, ROPE, 16),
     "the tensor has a row for each logit": lambda b, i, x: b.take(b.take(x, i.logit_tokens), i.logit_tokens),
+    "layer_norm: the tensor has 32 columns, not 31": lambda b, i, x: b.layer_norm(
+        x, np.ones(32, np.float32), np.ones(31, np.float32), 0.1
+    ),
+    "route: 33 of 32 experts": lambda b, i, x: b.route(x, 33),
+    "route: 0 of 32 experts": lambda b, i, x: b.route(x, 0),
+    "add: a RoutingValue is no tensor": lambda b, i, x: b.add(x, b.route(x, 2)),
+    "gelu: a RoutingValue is no tensor": lambda b, i, x: b.gelu(b.route(x, 2)),
+    "rms_norm: a RoutingValue is no tensor": lambda b, i, x: b.rms_norm(b.route(x, 2), np.ones(2), 0.1),
+    "take: a RoutingValue is no tensor": lambda b, i, x: b.take(b.route(x, 2), i.logit_tokens),
+    "combine: a Value is no routing": lambda b, i, x: b.combine(x, x),
+    "combine: 32 columns are not 3 slots": lambda b, i, x: b.combine(x, b.route(x, 3)),
+    "x has a row for each of LOGITS, the routing of TOKENS": lambda b, i, x: b.combine(
+        b.take(x, i.logit_tokens), b.route(x, 2)
+    ),
+    "expert_linear: 4 experts, a routing to 32": lambda b, i, x: b.expert_linear(
+        x, _experts(b, 32), b.route(x, 2)
+    ),
+    "expert_linear: the tensor has 32 columns, not 96": lambda b, i, x: b.expert_linear(
+        x, _experts(b, 48), b.route(b.split(x, [4, 28])[0], 2)
+    ),
     "no operation wrote": lambda b, i, x: fresh(3, Rows.LOGITS),
 }
 
@@ -168,6 +194,21 @@ def test_a_format_without_a_kernel_is_named(make_native):
         make_native().matrix([Matrix("blk.0.x", odd, 16, 64, np.zeros((16, 8), np.uint8))])
 
 
+def test_experts_without_a_kernel_or_of_another_number_are_named(make_native, make_matrix):
+    odd = WeightFormat(
+        name="Q9_9", ggml_type=99, block_size=32, type_size=4, dequantize=lambda blocks: blocks
+    )
+    with pytest.raises(UnsupportedFormat, match=r"tensor blk.0.x is Q9_9 of 16 x 64; .* no kernel"):
+        make_native().experts([Matrix("blk.0.x", odd, 16, 64, np.zeros((32, 8), np.uint8))], 2)
+    stack = Matrix("blk.0.x", BY_NAME["F32"], 4, 32, np.zeros((12, 128), np.uint8))
+    with pytest.raises(Internal, match=r"tensor blk.0.x or its bias is not of 2 experts of 4 rows"):
+        make_native().experts([stack], 2)
+    with pytest.raises(Internal, match="is not of 3 experts of 4 rows"):
+        make_native().experts([stack], 3, [np.zeros((3, 5), np.float32)])
+    with pytest.raises(Internal, match="1 biases for 2 stacks"):
+        make_native().experts([stack, stack], 3, [None])
+
+
 def test_matrices_side_by_side_share_k(make_native, make_matrix):
     rng = np.random.default_rng(0)
     with pytest.raises(Internal, match=r"\[32, 64\]"):
@@ -181,6 +222,21 @@ def test_packed_weights_are_not_a_view_of_the_file(make_native, make_matrix, run
     want = run_op(backend, lambda b, i, x: b.linear(x, weight), [x])
     part.data[:] = 0
     np.testing.assert_array_equal(run_op(backend, lambda b, i, x: b.linear(x, weight), [x]), want)
+
+
+def test_packed_experts_are_not_a_view_of_the_file(make_native, make_matrix, run_op):
+    backend, stack = make_native(), make_matrix(np.random.default_rng(0), "Q4_0", 3 * 40, 64)
+    bias = np.ones((3, 40), np.float32)
+    weight = backend.experts([Matrix("w", stack.format, 40, 64, stack.data)], 3, [bias])
+    arrays = [np.random.default_rng(1).standard_normal((3, width)) for width in (3, 64)]
+
+    def operation(b, inputs, logits, x):
+        return b.expert_linear(x, weight, b.route(logits, 2))[0]
+
+    want = run_op(backend, operation, arrays)
+    stack.data[:] = 0
+    bias[:] = 0
+    np.testing.assert_array_equal(run_op(backend, operation, arrays), want)
 
 
 def test_memory_that_is_not_there(make_native):
@@ -199,10 +255,14 @@ def test_the_arena_is_aligned():
         assert memory.shape == (size,)
 
 
+MOE = {"num_experts": 16, "top_k": 6, "ffn": 32, "dim": 32, "vocab": 32, "weight_format": "Q8_0"}
+
+
 def test_workspace_is_an_upper_bound(make_native, make_toy):
-    for config in ({}, {"ffn": 512, "vocab": 3000}, {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}):
+    for config in ({}, {"ffn": 512, "vocab": 3000}, {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}, MOE):
         backend = make_native()
         toy = make_toy(backend, **config)
         c = toy.config
-        widest = max(c.dim, 2 * c.ffn, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
+        slots = c.top_k if c.num_experts else 1
+        widest = max(slots * max(c.dim, 2 * c.ffn), (c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
         assert toy.run._linked.arena.nbytes <= backend.workspace_bytes(toy.limits, widest, c.vocab)

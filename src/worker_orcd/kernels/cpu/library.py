@@ -12,7 +12,7 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, ClassVar
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Kind(enum.IntEnum):
@@ -29,6 +29,14 @@ class Kind(enum.IntEnum):
     SCALE = 9
     TAKE = 10
     ROPE_ANGLES = 11
+    EMBED_POSITIONS = 12
+    LAYER_NORM = 13
+    GELU = 14
+    GEGLU = 15
+    CLAMPED_SWIGLU = 16
+    ROUTE = 17
+    EXPERT_LINEAR = 18
+    COMBINE = 19
 
 
 class Rows(enum.IntEnum):
@@ -86,6 +94,8 @@ class Op(ctypes.Structure):
         ("cache", c_void_p),
         ("cache_dtype", c_int32),
         ("pad_", c_int32),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
     ]
 
 
@@ -104,8 +114,11 @@ class Task(ctypes.Structure):
 PLANNERS = {
     Kind.LINEAR: "orcd_plan_linear",
     Kind.EMBED: "orcd_plan_embed",
+    Kind.EMBED_POSITIONS: "orcd_plan_embed",
     Kind.STORE_KV: "orcd_plan_store_kv",
     Kind.ATTENTION: "orcd_plan_attention",
+    Kind.ROUTE: "orcd_plan_route",
+    Kind.EXPERT_LINEAR: "orcd_plan_expert_linear",
 }
 
 

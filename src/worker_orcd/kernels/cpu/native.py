@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from worker_orcd.config import DeviceConfig
 from worker_orcd.errors import Internal, InvalidConfiguration, OutOfMemory
 from worker_orcd.kernels.backend import (
+    CLAMPED_SWIGLU_ALPHA,
+    CLAMPED_SWIGLU_LIMIT,
     AttentionParams,
     BatchInputs,
     CompiledForward,
@@ -38,16 +40,24 @@ from worker_orcd.kernels.cpu.cores import check_threads, usable_cores
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts
 from worker_orcd.kernels.cpu.library import Batch, Kind, Library, Rows
 from worker_orcd.kernels.cpu.program import (
+    ROUTING_LISTS,
     InputName,
     Linked,
     Program,
     Recorded,
+    RoutingValue,
     Value,
     aligned_zeros,
     fresh,
     link,
 )
-from worker_orcd.kernels.cpu.weights import NativeWeight, pack_matrices
+from worker_orcd.kernels.cpu.weights import (
+    NativeExperts,
+    NativeWeight,
+    PackedExperts,
+    pack_experts,
+    pack_matrices,
+)
 
 _ACTIVATIONS = {"int8": 8, "int16": 16, "float32": 32}
 _SCRATCH_BYTES = 4 << 20  # of a thread: scores, values, a panel of unpacked weights
@@ -100,8 +110,9 @@ class NativeBackend:
         parts: Sequence[Matrix],
         num_experts: int,
         bias: Sequence[NDArray[np.float32] | None] = (),
-    ) -> NativeWeight:
-        raise _no_kernel("experts")
+    ) -> NativeExperts:
+        """Raises as `matrix` does."""
+        return pack_experts(self._library, parts, num_experts, bias, self._threads)
 
     def embedding(self, table: Matrix) -> NativeWeight:
         """Raises as `matrix` does. One packed copy serves `embed` and `linear`."""
@@ -130,11 +141,12 @@ class NativeBackend:
     # -- operations --------------------------------------------------------------------------------------
 
     def embed(self, indices: Any, table: NativeWeight) -> Value:
-        _check_input(indices, "token_ids")
+        kind = Kind.EMBED_POSITIONS if indices == InputName("positions") else Kind.EMBED
+        _check_input(indices, "positions" if kind is Kind.EMBED_POSITIONS else "token_ids")
         (part,) = table.parts
         out = fresh(part.k, Rows.TOKENS)
         self._record(
-            Kind.EMBED,
+            kind,
             out,
             owners=(table,),
             n=part.n,
@@ -169,6 +181,7 @@ class NativeBackend:
         return tuple(x.columns(column, width) for column, width in zip(columns, widths, strict=True))
 
     def rms_norm(self, x: Value, gain: NDArray[np.float32], eps: float) -> Value:
+        _check_tensor(x, "rms_norm")
         if x.width % gain.shape[0]:
             raise Internal(f"rms_norm: {x.width} columns are not runs of {gain.shape[0]}")
         out = fresh(x.width, x.rows)
@@ -185,10 +198,24 @@ class NativeBackend:
         return out
 
     def layer_norm(self, x: Value, gain: NDArray[np.float32], bias: NDArray[np.float32], eps: float) -> Value:
-        raise _no_kernel("layer_norm")
+        for vector in (gain, bias):
+            _check_width(x, vector.shape[0], "layer_norm")
+        out = fresh(x.width, x.rows)
+        self._record(
+            Kind.LAYER_NORM,
+            out,
+            x,
+            owners=(gain, bias),
+            n=x.width,
+            vector=gain.ctypes.data,
+            weight=bias.ctypes.data,
+            f0=eps,
+        )
+        return out
 
     def rope(self, x: Value, positions: Any, params: RopeParams, head_dim: int) -> Value:
         _check_input(positions, "positions")
+        _check_tensor(x, "rope")
         heads, rest = divmod(x.width, head_dim)
         if rest or not 0 < params.rotary_dim <= head_dim or params.rotary_dim != 2 * len(params.inv_freq):
             raise Internal(
@@ -234,8 +261,6 @@ class NativeBackend:
         params: AttentionParams,
         sinks: NDArray[np.float32] | None = None,
     ) -> Value:
-        if sinks is not None:
-            raise _no_kernel("attention sinks")
         _check_input(inputs.block_tables, "block_tables")
         blocks: NativeCache = cache.tensor
         found, held = (params.num_kv_heads, params.head_dim), (blocks.num_kv_heads, blocks.head_dim)
@@ -245,13 +270,16 @@ class NativeBackend:
                 f"the cache has {blocks.num_kv_heads} of {blocks.head_dim}"
             )
         _check_width(q, params.num_heads * params.head_dim, "attention")
+        if sinks is not None and sinks.shape != (params.num_heads,):
+            raise Internal(f"attention: {params.num_heads} heads, {sinks.shape[0]} sinks")
         out = fresh(q.width, q.rows)
         self._record(
             Kind.ATTENTION,
             out,
             q,
-            owners=(blocks,),
+            owners=(blocks, sinks),
             num_heads=params.num_heads,
+            vector=None if sinks is None else sinks.ctypes.data,
             width=0 if params.window is None else params.window,
             f0=params.scale,
             **self._cache_fields(blocks),
@@ -268,21 +296,60 @@ class NativeBackend:
         }
 
     def glu(self, kind: Glu, gate: Value, up: Value) -> Value:
-        if kind is not Glu.SWIGLU:
-            raise _no_kernel(kind.value)
-        return self._columnwise(Kind.SWIGLU, gate, up)
+        if kind is Glu.CLAMPED_SWIGLU:
+            limits = {"f0": CLAMPED_SWIGLU_LIMIT, "f1": CLAMPED_SWIGLU_ALPHA}
+            return self._columnwise(Kind.CLAMPED_SWIGLU, gate, up, **limits)
+        return self._columnwise({Glu.SWIGLU: Kind.SWIGLU, Glu.GEGLU: Kind.GEGLU}[kind], gate, up)
 
     def gelu(self, x: Value) -> Value:
-        raise _no_kernel("gelu")
+        return self._columnwise(Kind.GELU, x, None)
 
-    def route(self, logits: Value, top_k: int) -> Value:
-        raise _no_kernel("route")
+    def route(self, logits: Value, top_k: int) -> RoutingValue:
+        """Raises Internal for more slots than experts."""
+        _check_tensor(logits, "route")
+        if not 1 <= top_k <= logits.width:
+            raise Internal(f"route: {top_k} of {logits.width} experts")
+        entries = fresh(ROUTING_LISTS * top_k, logits.rows)
+        self._record(Kind.ROUTE, entries, logits, n=logits.width, top_k=top_k)
+        return RoutingValue(entries, logits.width, top_k)
 
-    def expert_linear(self, x: Value, weight: NativeWeight, routing: Value) -> tuple[Value, ...]:
-        raise _no_kernel("expert_linear")
+    def expert_linear(self, x: Value, weight: NativeExperts, routing: RoutingValue) -> tuple[Value, ...]:
+        """Raises Internal for a routing to another number of experts."""
+        _check_routing(routing, x, "expert_linear")
+        if routing.num_experts != weight.num_experts:
+            raise Internal(f"expert_linear: {weight.num_experts} experts, a routing to {routing.num_experts}")
+        shared = x.width == weight.k
+        _check_width(x, weight.k if shared else routing.top_k * weight.k, "expert_linear")
+        return tuple(self._expert_linear(x, part, routing, shared) for part in weight.parts)
 
-    def combine(self, x: Value, routing: Value) -> Value:
-        raise _no_kernel("combine")
+    def _expert_linear(self, x: Value, part: PackedExperts, routing: RoutingValue, shared: bool) -> Value:
+        out = fresh(routing.top_k * part.n, x.rows)
+        self._record(
+            Kind.EXPERT_LINEAR,
+            out,
+            x,
+            routing.entries,
+            owners=(part,),
+            n=part.n,
+            k=part.k,
+            weight=part.data.ctypes.data,
+            format=part.ggml_type,
+            activations=self._activations,
+            vector=None if part.bias is None else part.bias.ctypes.data,
+            width=0 if shared else part.k,
+            num_experts=routing.num_experts,
+            top_k=routing.top_k,
+        )
+        return out
+
+    def combine(self, x: Value, routing: RoutingValue) -> Value:
+        _check_routing(routing, x, "combine")
+        width, rest = divmod(x.width, routing.top_k)
+        if rest:
+            raise Internal(f"combine: {x.width} columns are not {routing.top_k} slots")
+        out = fresh(width, x.rows)
+        self._record(Kind.COMBINE, out, x, routing.entries, n=width, top_k=routing.top_k)
+        return out
 
     def add(self, x: Value, y: Value) -> Value:
         return self._columnwise(Kind.ADD, x, y)
@@ -291,6 +358,8 @@ class NativeBackend:
         return self._columnwise(Kind.SCALE, x, None, f0=factor)
 
     def _columnwise(self, kind: Kind, x: Value, y: Value | None, **fields: Any) -> Value:
+        for value in (x,) if y is None else (x, y):
+            _check_tensor(value, kind.name.lower())
         if y is not None and (y.width, y.rows) != (x.width, x.rows):
             raise Internal(
                 f"{kind.name.lower()}: {x.width} columns of {x.rows.name}, {y.width} of {y.rows.name}"
@@ -301,6 +370,7 @@ class NativeBackend:
 
     def take(self, x: Value, indices: Any) -> Value:
         _check_input(indices, "logit_tokens")
+        _check_tensor(x, "take")
         if x.rows is not Rows.TOKENS:
             raise Internal("take: the tensor has a row for each logit already")
         out = fresh(x.width, Rows.LOGITS)
@@ -374,15 +444,27 @@ class NativeStep:
         return Internal(f"the program cannot be run: error {error}")
 
 
-def _no_kernel(what: str) -> Internal:
-    return Internal(f"{what}: no native kernel yet")
-
-
 def _check_input(value: Any, name: str) -> None:
     if value != InputName(name):
         raise Internal(f"expected the step's own {name}")
 
 
-def _check_width(value: Value, width: int, operation: str) -> None:
+def _check_tensor(value: Any, operation: str) -> None:
+    if not isinstance(value, Value):
+        raise Internal(f"{operation}: a {type(value).__name__} is no tensor")
+
+
+def _check_routing(routing: Any, x: Any, operation: str) -> None:
+    _check_tensor(x, operation)
+    if not isinstance(routing, RoutingValue):
+        raise Internal(f"{operation}: a {type(routing).__name__} is no routing")
+    if routing.rows is not x.rows:
+        raise Internal(
+            f"{operation}: x has a row for each of {x.rows.name}, the routing of {routing.rows.name}"
+        )
+
+
+def _check_width(value: Any, width: int, operation: str) -> None:
+    _check_tensor(value, operation)
     if value.width != width:
         raise Internal(f"{operation}: the tensor has {value.width} columns, not {width}")

@@ -22,6 +22,7 @@ from worker_orcd.kernels.cpu.library import Kind, Op, Rows
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 _FLOATS = ALIGNMENT // 4
+ROUTING_LISTS = 5  # routing.h: lists of a routing, as wide as it has slots
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +52,19 @@ class Value:
 
     def columns(self, column: int, width: int) -> Value:
         return Value(self.buffer, self.column + column, width)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RoutingValue:
+    """What `route` writes (routing.h). Its entries are no floats: no tensor operation may have it."""
+
+    entries: Value
+    num_experts: int
+    top_k: int
+
+    @property
+    def rows(self) -> Rows:
+        return self.entries.rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,8 @@ static void fill_queries(const orcd_task *task, const item *it, attention_work *
   work->scores = (float *)(scratch + scratch_bytes(op, task->p0)) - GROUP * SPLIT;
 }
 
+static const float *sink_of(const orcd_op *op, int64_t head) { return op->vector ? op->vector + head : NULL; }
+
 static float *part_of(const orcd_task *task, int64_t part, int64_t token, int64_t head) {
   const int64_t heads = task->p0 * task->op->num_heads; /* states a part, for full items */
   return (float *)task->scratch + (part * heads + token * task->op->num_heads + head) * state_floats(task->op);
@@ -112,7 +114,8 @@ static void attend_all(const orcd_task *task, const item *it, const attention_wo
   }
   for (int i = 0; i < work->num_queries; i++) {
     const int64_t token = it->first + i / group, head = work->kv_head * group + i % group;
-    ORCD_PICK(finish)(&work->queries[i].sum, op->out + token * op->ldout + head * op->head_dim, op->head_dim);
+    float *out = op->out + token * op->ldout + head * op->head_dim;
+    ORCD_PICK(finish)(&work->queries[i].sum, sink_of(op, head), out, op->head_dim);
   }
 }
 
@@ -175,7 +178,7 @@ static void run_merge(const orcd_task *task, int64_t chunk, int thread) {
         ORCD_PICK(merge)(&sum, &part, stride, seen);
         seen = 1;
       }
-      ORCD_PICK(finish)(&sum, op->out + token * op->ldout + head * op->head_dim, op->head_dim);
+      ORCD_PICK(finish)(&sum, sink_of(op, head), op->out + token * op->ldout + head * op->head_dim, op->head_dim);
     }
   }
 }

@@ -8,7 +8,7 @@
  *   score    a chain of fused multiply-adds over the head's dimensions, ascending, times scale;
  *   split    positions are cut at multiples of 512; a split has its largest score, its sum of exponentials (lane i
  *            sums positions i, i + 16, …; V(sum) adds the lanes), and a chain of multiply-adds of V, ascending;
- *   result   splits are merged in ascending order and divided by the total at the end.
+ *   result   splits are merged in ascending order, then a head's sink, if any, joins the total, which divides at the end.
  * Slots a token may not see are never multiplied in, whatever they hold.
  */
 #ifndef ORCD_ATTENTION_H

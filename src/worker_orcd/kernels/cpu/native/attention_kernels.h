@@ -246,8 +246,15 @@ static TARGET void V(merge)(attention_state *sum, const attention_state *part, i
   }
 }
 
-static TARGET void V(finish)(const attention_state *sum, float *out, int head_dim) {
-  const v16 factor = V(set1)(1.0f / sum->total);
+/* A sink is one more score, without a value: it joins the total, the peak being the larger of both. */
+static TARGET void V(finish)(const attention_state *sum, const float *sink, float *out, int head_dim) {
+  float scale = 1.0f, total = sum->total;
+  if (sink) {
+    const float peak = sum->peak > *sink ? sum->peak : *sink;
+    scale = V(exp_1)(sum->peak - peak);
+    total = __builtin_fmaf(total, scale, V(exp_1)(*sink - peak));
+  }
+  const v16 factor = V(set1)(scale / total);
   int d = 0;
   for (; d + 16 <= head_dim; d += 16) V(store)(out + d, V(mul)(V(load)(sum->values + d), factor));
   if (d < head_dim) V(store_n)(out + d, V(mul)(V(load)(sum->values + d), factor), head_dim - d);

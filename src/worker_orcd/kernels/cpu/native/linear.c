@@ -4,17 +4,9 @@
  * A chunk is a range of 16-row panels times a range of tokens. With quantised activations and more than a few
  * tokens a task of its own quantises first; a token or two are quantised by each thread for itself.
  */
-#include "linear.h"
+#include "tiles.h"
 
 #include <errno.h>
-
-#define CHUNK_BYTES (96 << 10)      /* of weights: long enough to hide a claim, short enough to share out evenly */
-#define CHUNKS_PER_THREAD 4         /* at least, so that a slow thread can be helped */
-#define TOKEN_BLOCK_BYTES (256 << 10) /* of quantised activations: they stay in the second-level cache */
-#define QUANTIZE_CHUNK_FLOATS 8192
-#define FLOAT_TOKEN_BLOCK 64
-#define SELF_QUANTIZED_LANES 4      /* up to so many lanes every thread quantises for itself */
-#define MAX_THREADS 256
 
 /* Planning numbers of a task: p0 rows (tokens), p1 panels a chunk, p2 tiles (tokens, if float) a chunk, p3 serial. */
 
@@ -23,42 +15,7 @@ static struct {
   _Alignas(64) uint64_t serial;
 } quantized_for[MAX_THREADS];
 
-static int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-static int planes_of(const orcd_op *op) { return op->activations == 16 ? 2 : 1; }
-
-static int64_t batch_rows(const orcd_op *op, const orcd_batch *batch) {
-  return op->rows == ORCD_LOGITS ? batch->num_logits : batch->num_tokens;
-}
-
 /* ---- quantised activations ------------------------------------------------------------------------------- */
-
-/* Lanes of a tile that starts at lane `first`: full, or the power of two that holds the rest. */
-static int lanes_of_tile(int64_t first, int64_t all, int max_lanes) {
-  int lanes = max_lanes;
-  while (lanes > 1 && lanes / 2 >= all - first) lanes /= 2;
-  return lanes;
-}
-
-static int log2_of(int lanes) { return lanes >= 8 ? 3 : lanes / 2; }
-
-/* Blocks of one lane lie `lanes` lanes apart; all of its numbers become zero. */
-static void clear_lane(uint8_t *tile, int64_t blocks, int lanes, int lane) {
-  for (int64_t b = 0; b < blocks; b++, tile += LANE_BLOCK_BYTES * lanes) {
-    memset(tile + 32 * lane, 0, 32);
-    memset(tile + 32 * lanes + 4 * lane, 0, 4);
-    memset(tile + 36 * lanes + 4 * lane, 0, 4);
-    memset(tile + 40 * lanes + 8 * lane, 0, 8);
-  }
-}
-
-static orcd_correction correction_for(int32_t format, const orcd_kernels *kernels) {
-  const int32_t offset = orcd_find_format(format)->offset;
-  const int split = format == Q2_K || format == Q3_K || format == Q6_K;
-  return (orcd_correction){format == Q2_K ? 1 : -offset, split, kernels->pairs};
-}
 
 /* Quantise tokens [token0, token1) into their lanes; the last token's caller also clears the lanes that pad a tile. */
 static void quantize_tokens(const orcd_task *task, uint8_t *scratch, int64_t token0, int64_t token1) {
@@ -85,22 +42,11 @@ static void run_quantize(const orcd_task *task, int64_t chunk, int thread) {
 
 /* Results [lane][16] of a tile to the rows of `out` that exist, with planes and bias added. */
 static void store_panel(const orcd_op *op, int planes, int64_t panel, int64_t token, int64_t tokens, const float *results) {
-  const size_t rows = (size_t)smaller(16, op->n - 16 * panel);
-  float bias[16] = {0};
-  if (op->vector != NULL) memcpy(bias, op->vector + 16 * panel, sizeof(float) * rows);
-  for (int64_t t = 0; t < tokens; t++, results += 16 * planes) {
-    float *out = op->out + (token + t) * op->ldout + 16 * panel;
-    float sum[16];
-    memcpy(sum, results, sizeof sum);
-    if (planes == 2)
-      for (int r = 0; r < 16; r++) sum[r] += results[16 + r];
-    if (op->vector != NULL)
-      for (int r = 0; r < 16; r++) sum[r] += bias[r];
-    if (rows == 16)
-      memcpy(out, sum, sizeof sum);
-    else
-      memcpy(out, sum, sizeof(float) * rows);
-  }
+  const int64_t rows = smaller(16, op->n - 16 * panel);
+  float bias[16];
+  if (op->vector != NULL) read_bias(bias, op->vector + 16 * panel, rows);
+  for (int64_t t = 0; t < tokens; t++, results += 16 * planes)
+    store_outputs(op->out + (token + t) * op->ldout + 16 * panel, op->vector ? bias : NULL, rows, planes, results);
 }
 
 static void run_tiles(const orcd_task *task, int64_t chunk, const uint8_t *activations) {
@@ -227,9 +173,10 @@ int orcd_plan_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *task
 static void run_embed(const orcd_task *task, int64_t chunk, int thread) {
   (void)thread;
   const orcd_op *op = task->op;
+  const int32_t *indices = op->kind == ORCD_EMBED ? task->batch->token_ids : task->batch->positions;
   const int64_t first = chunk * EMBED_TOKENS_PER_CHUNK, end = smaller(task->p0, first + EMBED_TOKENS_PER_CHUNK);
-  for (int64_t t = first; t < end; t++) /* a token id was checked by the caller; a wrong one leaves its row as it is */
-    (void)orcd_unpack_row(op->format, op->n, op->k, task->batch->token_ids[t], op->weight, op->out + t * op->ldout);
+  for (int64_t t = first; t < end; t++) /* an index was checked by the caller; a wrong one leaves its row as it is */
+    (void)orcd_unpack_row(op->format, op->n, op->k, indices[t], op->weight, op->out + t * op->ldout);
 }
 
 int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {

@@ -1,5 +1,5 @@
 /*
- * The row operations: rms_norm, rope and its angles, swiglu, add, scale, take.
+ * The row operations: rms_norm, layer_norm, rope and its angles, gelu, gated linear units, add, scale, take, combine.
  *
  * Sums have one order whatever the instruction set (ops_kernels.h); everything else is a fixed expression of its
  * own element, so how rows and columns are dealt to chunks cannot be seen in the result.
@@ -58,6 +58,7 @@ static void run_rows(const orcd_task *task, int64_t chunk, int thread) {
   const int64_t row0 = chunk * task->p0, row1 = smaller(row0 + task->p0, task->p3);
   switch (op->kind) {
     case ORCD_RMS_NORM: ORCD_PICK(rms_norm)(op, row0, row1); break;
+    case ORCD_LAYER_NORM: ORCD_PICK(layer_norm)(op, row0, row1); break;
     case ORCD_ROPE: ORCD_PICK(rope)(op, row0, row1); break;
     case ORCD_ROPE_ANGLES: rope_angles(op, task->batch, row0, row1); break;
     default: /* take */
@@ -75,34 +76,44 @@ static void run_columns(const orcd_task *task, int64_t chunk, int thread) {
   ORCD_PICK(columns)(task->op, row0, row1, col0, col1);
 }
 
+static int has_exponentials(int32_t kind) {
+  return kind == ORCD_SWIGLU || kind == ORCD_CLAMPED_SWIGLU || kind == ORCD_GELU || kind == ORCD_GEGLU;
+}
+
+static int by_columns(int32_t kind) {
+  return has_exponentials(kind) || kind == ORCD_ADD || kind == ORCD_SCALE || kind == ORCD_COMBINE;
+}
+
 static int valid(const orcd_op *op) {
   if (op->n <= 0 || !op->out) return 0;
   switch (op->kind) {
     case ORCD_RMS_NORM: return op->x && op->vector && op->width > 0 && op->n % op->width == 0;
+    case ORCD_LAYER_NORM: return op->x && op->vector && op->weight;
     case ORCD_ROPE:
       return op->x && op->y && op->width > 0 && op->width % 2 == 0 && op->width <= op->head_dim &&
              (int64_t)op->num_heads * op->head_dim == op->n;
     case ORCD_ROPE_ANGLES: return op->weight && op->width == op->n && op->width % 2 == 0;
+    case ORCD_COMBINE: return op->x && op->y && op->top_k > 0;
     case ORCD_SWIGLU:
+    case ORCD_GEGLU:
+    case ORCD_CLAMPED_SWIGLU:
     case ORCD_ADD: return op->x && op->y;
-    default: return op->x != NULL;
+    case ORCD_GELU:
+    case ORCD_SCALE:
+    case ORCD_TAKE: return op->x != NULL;
+    default: return 0;
   }
 }
 
 int orcd_plan_elementwise(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
-  const int by_columns = op->kind == ORCD_SWIGLU || op->kind == ORCD_ADD || op->kind == ORCD_SCALE;
-  if (!by_columns && op->kind != ORCD_RMS_NORM && op->kind != ORCD_ROPE && op->kind != ORCD_ROPE_ANGLES &&
-      op->kind != ORCD_TAKE) {
-    return -EINVAL;
-  }
   if (!valid(op)) return -EINVAL;
-  const int expensive = op->kind == ORCD_SWIGLU || op->kind == ORCD_ROPE_ANGLES;
+  const int columns = by_columns(op->kind), expensive = has_exponentials(op->kind) || op->kind == ORCD_ROPE_ANGLES;
   const int64_t elements = expensive ? CHUNK_EXPONENTIALS : CHUNK_ELEMENTS;
   const int64_t rows = op->rows == ORCD_LOGITS ? batch->num_logits : batch->num_tokens;
   orcd_task task = {.op = op, .batch = batch, .p1 = op->n, .p2 = 1, .p3 = rows};
   task.p0 = elements / op->n > 0 ? elements / op->n : 1;
-  task.run = by_columns ? run_columns : run_rows;
-  if (by_columns && op->n >= 2 * elements) {
+  task.run = columns ? run_columns : run_rows;
+  if (columns && op->n >= 2 * elements) {
     task.p1 = elements;
     task.p2 = (op->n + elements - 1) / elements;
   }

@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ORCD_ABI_VERSION 1
+#define ORCD_ABI_VERSION 2
 
 /* The inputs of a step; kernels/backend.py BatchInputs says what each holds. */
 typedef struct {
@@ -43,6 +43,14 @@ enum orcd_kind {
   ORCD_SCALE = 9,     /* ops.c */
   ORCD_TAKE = 10,     /* ops.c: out[i] = x[logit_tokens[i]] */
   ORCD_ROPE_ANGLES = 11, /* ops.c: out[t][0..width) = cos then sin of position * inv_freq, once a step */
+  ORCD_EMBED_POSITIONS = 12, /* linear.c: as ORCD_EMBED, of row positions[t] */
+  ORCD_LAYER_NORM = 13,      /* ops.c: over the whole row */
+  ORCD_GELU = 14,            /* ops.c: of x; its tanh approximation */
+  ORCD_GEGLU = 15,           /* ops.c: gelu(x) * y */
+  ORCD_CLAMPED_SWIGLU = 16,  /* ops.c: g / (1 + e^(-f1 g)) * (u + 1), g = min(x, f0), u = y within +-f0 */
+  ORCD_ROUTE = 17,           /* route.c: out = the routing that logits x make, see routing.h */
+  ORCD_EXPERT_LINEAR = 18,   /* experts.c: out[t][slot] = W[expert] x (+ bias[expert]), y = the routing */
+  ORCD_COMBINE = 19,         /* ops.c: out[t] = sum over slots of weight * x[t][slot], y = the routing */
 };
 
 /* One operation. Unused fields are zero. */
@@ -51,17 +59,23 @@ typedef struct {
   const float *x, *y;        /* inputs; q in attention; k, v in store_kv */
   float *out;
   int64_t ldx, ldy, ldout;   /* row strides, in floats */
-  int64_t n, k;              /* linear: outputs, inputs (k is a multiple of the format's block). Others: n = width of a row */
-  const void *weight;        /* linear, embed: packed by orcd_pack; rope_angles: double inv_freq[width / 2] */
+  int64_t n, k;              /* linear: outputs, inputs (k is a multiple of the format's block). expert_linear: of one
+                                expert. route: n = experts. Others: n = width of a row of `out` */
+  const void *weight;        /* linear, embed: packed by orcd_pack; expert_linear: one such matrix an expert, end to end;
+                                rope_angles: double inv_freq[width / 2]; layer_norm: float bias [n] */
   int32_t format;            /* ggml type id of the weight */
-  int32_t activations;       /* linear: 8, 16 (two int8 planes) or 32 (float) */
-  const float *vector;       /* rms_norm: gain [width]; linear: bias [n] or NULL */
-  int64_t width;             /* rms_norm: run length; rope, rope_angles: rotary_dim; attention: window, 0 = none */
-  float f0, f1;              /* f0: rms_norm: eps; scale: factor; rope_angles: attention_factor; attention: scale of q.k */
+  int32_t activations;       /* linear, expert_linear: 8, 16 (two int8 planes) or 32 (float) */
+  const float *vector;       /* rms_norm: gain [width]; layer_norm: gain [n]; linear: bias [n] or NULL; expert_linear: bias
+                                [num_experts][n] or NULL; attention: sinks [num_heads] or NULL */
+  int64_t width;             /* rms_norm: run length; rope, rope_angles: rotary_dim; attention: window, 0 = none;
+                                expert_linear: floats from a slot's inputs to the next's, 0 if all slots share them */
+  float f0, f1;              /* f0: rms_norm, layer_norm: eps; scale: factor; rope_angles: attention_factor; attention:
+                                scale of q.k. clamped_swiglu: limit, alpha */
   int32_t num_heads, num_kv_heads, head_dim, block_size; /* rope (num_heads, head_dim), store_kv, attention */
   void *cache;               /* store_kv, attention: the layer's blocks */
   int32_t cache_dtype;       /* 0 float32, 1 float16 */
   int32_t pad_;
+  int32_t num_experts, top_k; /* expert_linear; top_k: also route, combine */
 } orcd_op;
 
 /* ---- pool.c -------------------------------------------------------------------------------------------- */
@@ -94,10 +108,12 @@ void *orcd_shared_scratch(size_t bytes);
 /* ---- planners: write the tasks of an operation, return how many (0 to 2), or -EINVAL or -ENOMEM ------------- */
 
 int orcd_plan_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
-int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
+int orcd_plan_embed(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks); /* of both kinds */
 int orcd_plan_elementwise(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks); /* ops.c: all of its kinds */
 int orcd_plan_store_kv(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
 int orcd_plan_attention(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
+int orcd_plan_route(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
+int orcd_plan_expert_linear(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks);
 
 /* ---- attention.c --------------------------------------------------------------------------------------------- */
 

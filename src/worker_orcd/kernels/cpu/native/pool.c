@@ -298,16 +298,24 @@ static void free_retired(void) {
 static int plan(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {
   switch (op->kind) {
     case ORCD_LINEAR: return orcd_plan_linear(op, batch, tasks);
-    case ORCD_EMBED: return orcd_plan_embed(op, batch, tasks);
+    case ORCD_EMBED:
+    case ORCD_EMBED_POSITIONS: return orcd_plan_embed(op, batch, tasks);
     case ORCD_STORE_KV: return orcd_plan_store_kv(op, batch, tasks);
     case ORCD_ATTENTION: return orcd_plan_attention(op, batch, tasks);
+    case ORCD_ROUTE: return orcd_plan_route(op, batch, tasks);
+    case ORCD_EXPERT_LINEAR: return orcd_plan_expert_linear(op, batch, tasks);
     case ORCD_RMS_NORM:
     case ORCD_ROPE:
     case ORCD_SWIGLU:
     case ORCD_ADD:
     case ORCD_SCALE:
     case ORCD_TAKE:
-    case ORCD_ROPE_ANGLES: return orcd_plan_elementwise(op, batch, tasks);
+    case ORCD_ROPE_ANGLES:
+    case ORCD_LAYER_NORM:
+    case ORCD_GELU:
+    case ORCD_GEGLU:
+    case ORCD_CLAMPED_SWIGLU:
+    case ORCD_COMBINE: return orcd_plan_elementwise(op, batch, tasks);
     default: return -EINVAL;
   }
 }
