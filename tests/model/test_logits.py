@@ -22,6 +22,9 @@ from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 
 PROMPT = np.random.default_rng(7).integers(0, 320, 300).tolist()
 ALL = MODELS | VARIANTS
+INT8_ERROR = {
+    "gpt-oss": 0.15
+}  # clamped random experts of high gain, chosen by random routers: others pick others
 ENGINE = EngineConfig(max_num_seqs=512, max_num_batched_tokens=512)
 
 
@@ -42,8 +45,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_logits_are_those_of_transformers(name: str, backend: Backend, tmp_path: Path):
-    if name in VARIANTS and isinstance(backend, NativeBackend):
-        pytest.skip("no native kernels for it yet")
     file = tiny_file(ALL[name])
     runner = load_runner(file.write(tmp_path / "tiny.gguf"), backend, ENGINE)
     expected = twin_logits(file, PROMPT)
@@ -51,15 +52,15 @@ def test_logits_are_those_of_transformers(name: str, backend: Backend, tmp_path:
     assert found.shape == expected.shape
     error = np.abs(found - expected).max(axis=1) / np.ptp(expected, axis=1)  # (300,)
     if "int8" in backend.description:  # what 8 bits cost; the bits themselves are tested below
-        assert np.median(error) < 0.05
+        assert np.median(error) < INT8_ERROR.get(name, 0.05)
     else:
         assert error.max() < 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", *sorted(VARIANTS)])
 def test_chunks_do_not_change_a_bit(name: str, backend: Backend, tmp_path: Path):
-    path = TinyFile(MODELS[name]).write(tmp_path / "tiny.gguf")
+    path = tiny_file(ALL[name]).write(tmp_path / "tiny.gguf")
     runner = load_runner(path, backend, ENGINE)
     whole = score(runner, PROMPT)
     for chunk in (1, 7, 64):
