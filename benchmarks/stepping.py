@@ -38,7 +38,7 @@ class Stepper:
             stop_token_ids=frozenset(),
             sampling=SamplingParams(temperature=0.0),
         )
-        sequence.block_ids = list(range(1, 1 + 2048 // size))
+        sequence.block_tables = [list(range(1, 1 + 2048 // size)) for _ in self.loaded.plan.kv_groups]
         self.step(sequence)
         return sequence
 

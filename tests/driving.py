@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from worker_orcd.config import EngineConfig
-from worker_orcd.engine.blocks import BlockPool
+from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.messages import Output, StepStats, Submit
 from worker_orcd.engine.scheduler import Scheduler
 from worker_orcd.sequence import FinishReason, Runner, SampledToken, SamplingParams
@@ -25,15 +25,15 @@ class Result:
 
 @dataclass
 class Drive:
-    """One block pool for any number of rounds of `run`: later rounds may hit the prefixes of earlier ones."""
+    """The same blocks for any number of rounds of `run`: later rounds may hit the prefixes of earlier ones."""
 
     runner: Runner
     config: EngineConfig
-    num_blocks: int
+    groups: list[CacheGroup]
     steps: list[StepStats] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config, BlockPool(self.num_blocks))
+        self.scheduler = Scheduler(self.config, self.groups)
 
     def run(self, submits: list[Submit]) -> dict[int, Result]:
         """Submit all at once and step until everything has ended."""

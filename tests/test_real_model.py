@@ -20,9 +20,12 @@ import pytest
 
 from driving import Drive, Result, submit
 from worker_orcd.config import DeviceConfig, EngineConfig, WorkerConfig
+from worker_orcd.engine.block_tables import CacheGroup
+from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.engine.messages import Submit
 from worker_orcd.runner.scoring import score
 from worker_orcd.worker import LoadedModel, load
+from worker_orcd.worker.loading import cache_groups
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -74,7 +77,7 @@ class TestAgainstTransformers:
     def test_greedy_float32_follows_the_reference(
         self, float_model: LoadedModel, golden: list[dict[str, Any]]
     ) -> None:
-        drive = Drive(float_model.runner, float_model.engine_config, float_model.plan.num_blocks)
+        drive = Drive(float_model.runner, float_model.engine_config, cache_groups(float_model.plan))
         results = drive.run([submit(i, entry["prompt_ids"], 64) for i, entry in enumerate(golden)])
         checked = 0
         for i, entry in enumerate(golden):
@@ -165,13 +168,13 @@ def alone(model: LoadedModel) -> dict[int, Result]:
     config = replace(model.engine_config, enable_prefix_caching=False)
     results: dict[int, Result] = {}
     for job in jobs(model):
-        results |= Drive(model.runner, config, model.plan.num_blocks).run([job])
+        results |= Drive(model.runner, config, cache_groups(model.plan)).run([job])
     return results
 
 
 class TestSameBits:
     def test_in_a_batch_of_16(self, model: LoadedModel, alone: dict[int, Result]) -> None:
-        drive = Drive(model.runner, model.engine_config, model.plan.num_blocks)
+        drive = Drive(model.runner, model.engine_config, cache_groups(model.plan))
         assert_same(drive.run(jobs(model)), alone)
         assert max(stats.num_rows for stats in drive.steps) == 16
 
@@ -179,12 +182,12 @@ class TestSameBits:
     def test_in_chunks(self, model: LoadedModel, alone: dict[int, Result], chunk: int) -> None:
         config = replace(model.engine_config, max_num_batched_tokens=chunk, enable_prefix_caching=False)
         some = jobs(model)[: 4 if chunk == 1 else 16]
-        drive = Drive(model.runner, config, model.plan.num_blocks)
+        drive = Drive(model.runner, config, cache_groups(model.plan))
         assert_same(drive.run(some), alone)
         assert max(stats.num_tokens for stats in drive.steps) <= chunk
 
     def test_with_a_prefix_hit(self, model: LoadedModel, alone: dict[int, Result]) -> None:
-        drive = Drive(model.runner, model.engine_config, model.plan.num_blocks)
+        drive = Drive(model.runner, model.engine_config, cache_groups(model.plan))
         missed = drive.run(jobs(model)[:1] + jobs(model)[1:2])
         hit = drive.run(jobs(model))
         assert_same(missed, alone)
@@ -194,6 +197,7 @@ class TestSameBits:
     def test_after_a_forced_preemption(self, model: LoadedModel, alone: dict[int, Result]) -> None:
         longest = max(len(job.prompt_token_ids) + job.max_tokens for job in jobs(model))
         size = model.engine_config.block_size
-        drive = Drive(model.runner, model.engine_config, 1 + 3 * (longest // size + 1))
+        pool = BlockPool(1 + 3 * (longest // size + 1))
+        drive = Drive(model.runner, model.engine_config, [CacheGroup(pool)])
         assert_same(drive.run(jobs(model)), alone)
         assert drive.num_preempted > 0

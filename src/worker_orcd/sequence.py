@@ -57,7 +57,8 @@ class Sequence:
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache
     num_cached_tokens: int = 0  # of those, found in the prefix cache when first admitted
     num_preemptions: int = 0
-    block_ids: list[int] = field(default_factory=list[int])
+    # While it runs one for each cache group, 0 for a block behind the window; while it waits none.
+    block_tables: list[list[int]] = field(default_factory=list[list[int]])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     finish_reason: FinishReason | None = None
 

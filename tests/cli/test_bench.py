@@ -87,8 +87,7 @@ def step(seconds: float, prompt: int, sampled: int) -> StepStats:
         prefix_hit_tokens=0,
         num_running=sampled,
         num_waiting=0,
-        kv_blocks_free=0,
-        kv_blocks_total=0,
+        kv_groups=(),
     )
 
 

@@ -88,19 +88,22 @@ def test_the_demo_model_in_figures(invoke: Any, demo_model: Path) -> None:
     plan = found["memory_plan"]
     assert plan["max_model_len"] == 1024
     assert plan["weights_bytes"] == sum(tensor["nbytes"] for tensor in found["tensors"])
-    parts = plan["weights_bytes"] + plan["workspace_bytes"] + plan["num_blocks"] * plan["kv_block_bytes"]
+    (group,) = plan["kv_groups"]
+    assert group["window"] is None
+    parts = plan["weights_bytes"] + plan["workspace_bytes"] + group["num_blocks"] * group["block_bytes"]
     assert plan["total_bytes"] == parts
 
 
 def test_the_plan_follows_context_and_settings(invoke: Any, demo_model: Path) -> None:
     def plan(*options: str) -> dict[str, Any]:
-        return json.loads(invoke("inspect", str(demo_model), "--json", *options).out)["memory_plan"]
+        made = json.loads(invoke("inspect", str(demo_model), "--json", *options).out)["memory_plan"]
+        return made["kv_groups"][0]
 
     few = plan("--context", "512", "--max-num-seqs", "2")
     many = plan("--context", "512", "--max-num-seqs", "8")
     wide = plan("--context", "512", "--max-num-seqs", "2", "--kv-cache-dtype", "float32")
     assert many["num_blocks"] - 1 == 4 * (few["num_blocks"] - 1)
-    assert wide["kv_block_bytes"] == 2 * few["kv_block_bytes"]
+    assert wide["block_bytes"] == 2 * few["block_bytes"]
 
 
 def test_too_long_a_context_is_a_reason_not_a_failure(invoke: Any, demo_model: Path) -> None:

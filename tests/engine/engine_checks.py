@@ -1,5 +1,5 @@
 """
-What a scheduler promises, one example each; `CHECKS` has those of the block pool too.
+What a scheduler promises, one example each; `CHECKS` has those of block pool and tables too.
 
 Each check takes the code under test, so that it runs on the real modules and on mutants alike.
 """
@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from engine_block_checks import BLOCK_CHECKS, Check
 from engine_fakes import FakeDevice, alone
+from engine_window_checks import WINDOW_CHECKS
 from engine_world import Arrival, Code, Scenario, World, play
 
 from worker_orcd.config import EngineConfig
-from worker_orcd.engine.messages import Output, Submit
+from worker_orcd.engine.messages import GroupBlocks, Output, Submit
 from worker_orcd.errors import Internal
 from worker_orcd.sequence import FinishReason, SampledToken, SamplingParams
 
-CHECKS = list(BLOCK_CHECKS)
+CHECKS = BLOCK_CHECKS + WINDOW_CHECKS
 
 
 def check(function: Check) -> Check:
@@ -56,7 +57,7 @@ def submit(**fields: Any) -> Submit:
 @check
 def what_can_never_run_is_refused(code: Code) -> None:
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, block_size=4, max_model_len=20)
-    scheduler = code.scheduler.Scheduler(config, code.blocks.BlockPool(100))
+    scheduler = code.scheduler.Scheduler(config, code.groups((None, 100)))
     for wrong, said in [
         ({"prompt_token_ids": ()}, "at least one token"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -79,7 +80,7 @@ def the_pool_bounds_the_length(code: Code) -> None:
     world = make(code, num_blocks=6, block_size=4)
     assert world.scheduler.max_len == 20
     config = EngineConfig(block_size=4, max_model_len=1000)
-    assert code.scheduler.Scheduler(config, code.blocks.BlockPool(6)).max_len == 20
+    assert code.scheduler.Scheduler(config, code.groups((None, 6))).max_len == 20
     story = world.submit(Arrival(0, [1] * 8, 12, min_tokens=12))
     finish(world)
     assert story.tokens == alone([1] * 8, 12, min_tokens=12)
@@ -142,7 +143,7 @@ def a_block_is_not_found_in_the_step_that_computes_it(code: Code) -> None:
     first, second = (world.submit(Arrival(0, [5] * 9, 2)) for _ in range(2))
     assert computed_by(world) == {0: 9, 1: 9}
     assert second.sequence.num_cached_tokens == 0
-    assert not set(first.sequence.block_ids) & set(second.sequence.block_ids)
+    assert not set(first.sequence.block_tables[0]) & set(second.sequence.block_tables[0])
 
 
 @check
@@ -278,7 +279,7 @@ def a_deadline_ends_what_waits_and_what_runs(code: Code) -> None:
 
 @check
 def a_forgotten_deadline_does_not_end_another(code: Code) -> None:
-    scheduler = code.scheduler.Scheduler(EngineConfig(block_size=4), code.blocks.BlockPool(100))
+    scheduler = code.scheduler.Scheduler(EngineConfig(block_size=4), code.groups((None, 100)))
     scheduler.submit(submit(deadline=5.0), 0.0)
     scheduler.cancel(0)
     scheduler.submit(submit(deadline=9.0), 0.0)  # the same id
@@ -288,7 +289,7 @@ def a_forgotten_deadline_does_not_end_another(code: Code) -> None:
 
 @check
 def a_stop_token_counts_only_after_min_tokens(code: Code) -> None:
-    scheduler = code.scheduler.Scheduler(EngineConfig(block_size=4), code.blocks.BlockPool(100))
+    scheduler = code.scheduler.Scheduler(EngineConfig(block_size=4), code.groups((None, 100)))
     scheduler.submit(submit(stop_token_ids=frozenset({9}), min_tokens=2, max_tokens=8), 0.0)
     reasons = []
     for _ in range(3):
@@ -337,7 +338,7 @@ def a_runner_that_loses_a_token_loses_one_sequence(code: Code) -> None:
     step = world.scheduler.schedule(0)
     outputs = world.scheduler.update(step, [None, SampledToken(3)])  # row 1 is a chunk: it cannot sample
     assert [o.finish_reason for o in outputs] == [FinishReason.ERROR] * 2
-    assert world.pool.num_free == world.pool.num_usable
+    assert world.lost == 0
 
 
 @check
@@ -361,7 +362,7 @@ def ending_all_ends_each_once(code: Code) -> None:
     computed_by(world)
     world.take(world.scheduler.end_all(FinishReason.ERROR, "CUDA_ERROR", "gone"))
     assert all(s.final and s.final.error_code == "CUDA_ERROR" for s in world.stories.values())
-    assert world.scheduler.is_idle and world.pool.num_free == world.pool.num_usable
+    assert world.scheduler.is_idle and world.lost == 0
 
 
 @check
@@ -375,7 +376,7 @@ def stats_say_what_a_step_did(code: Code) -> None:
     assert (stats.seconds, stats.num_rows, stats.num_tokens, stats.num_sampled) == (0.25, 2, 6, 2)
     assert (stats.num_prompt_tokens, stats.prefix_query_tokens, stats.prefix_hit_tokens) == (5, 13, 8)
     assert (stats.num_running, stats.num_waiting, stats.num_preempted) == (2, 0, 0)
-    assert (stats.kv_blocks_free, stats.kv_blocks_total) == (34, 39)
+    assert stats.kv_groups == (GroupBlocks(window=None, free=34, total=39),)
     snapshot = world.scheduler.snapshot()
     assert (snapshot.num_running, snapshot.kv_blocks_free, snapshot.failed) == (2, 34, False)
 
@@ -383,11 +384,13 @@ def stats_say_what_a_step_did(code: Code) -> None:
 @check
 def the_same_calls_give_the_same_steps(code: Code) -> None:
     scenario = Scenario([Arrival(i, [i % 3] * (5 + i), 6, priority=i % 2) for i in range(8)], num_blocks=14)
-    steps: list[list[tuple[int, int, tuple[int, ...]]]] = []
+    steps: list[list[tuple[int, int, tuple[tuple[int, ...], ...]]]] = []
     original = FakeDevice.launch
 
     def record(device: FakeDevice, step: Any) -> Any:
-        steps[-1].append([(r.sequence.id, r.num_tokens, tuple(r.sequence.block_ids)) for r in step.rows])
+        steps[-1].append(
+            [(r.sequence.id, r.num_tokens, tuple(map(tuple, r.sequence.block_tables))) for r in step.rows]
+        )
         return original(device, step)
 
     FakeDevice.launch = record

@@ -1,9 +1,10 @@
 """
 A device with a real KV cache and a fake model.
 
-At (block, offset) it stores a hash of the token and of what is stored one position before: like real K and
-V, an entry depends on the whole prefix. The next token is a hash of every entry read back through the block
-table. So a wrong block table, a block reused too early or a false prefix hit changes the output, and "the
+In each cache group it stores, at (block, offset), a hash of the token and of every entry that the token sees
+in all groups: like real K and V, an entry depends on the whole prefix, or on as much of it as windows let
+through. The next token is a hash of every entry that the last token sees, read through the block tables. So a
+wrong block table, a block reused or given back too early or a false prefix hit changes the output, and "the
 same tokens whatever the batch" is the whole test.
 
 Like a real device it computes between `launch` and the end of `wait`, and all rows of a step at once: what
@@ -13,7 +14,7 @@ one row writes, no other row of the step may read.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from worker_orcd.sequence import Row, RowFailure, RowResult, SampledToken, Step
@@ -21,23 +22,46 @@ from worker_orcd.sequence import Row, RowFailure, RowResult, SampledToken, Step
 VOCAB = 24
 STOP = frozenset({0, 1})
 
-
-def entry(previous: int, token_id: int) -> int:
-    return zlib.crc32(token_id.to_bytes(4, "little"), previous)
-
-
-def next_token(entries: list[int], seed: int) -> int:
-    return zlib.crc32(b"".join(e.to_bytes(4, "little") for e in entries), seed) % VOCAB
+Windows = Sequence[int | None]  # of the cache groups
+Entries = list[dict[int, bytes]]  # for each group: position -> what is stored there
 
 
-def alone(prompt: list[int], max_tokens: int, *, seed: int = 0, min_tokens: int = 0) -> list[int]:
+def first_visible(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def seen(entries: Entries, position: int, windows: Windows) -> bytes:
+    """What a token sees before its own entry, or with it if that is there already."""
+    return b"".join(
+        stored[p]
+        for stored, window in zip(entries, windows, strict=True)
+        for p in range(first_visible(position, window), position + 1)
+        if p in stored or p < position
+    )
+
+
+def compute(entries: Entries, position: int, token_id: int, windows: Windows) -> None:
+    """Store a token's entries."""
+    behind = seen(entries, position, windows)
+    for group, stored in enumerate(entries):
+        stored[position] = zlib.crc32(behind, 31 * token_id + group).to_bytes(4, "little")
+
+
+def next_token(entries: Entries, position: int, windows: Windows, seed: int) -> int:
+    return zlib.crc32(seen(entries, position, windows), seed) % VOCAB
+
+
+def alone(
+    prompt: list[int], max_tokens: int, *, seed: int = 0, min_tokens: int = 0, windows: Windows = (None,)
+) -> list[int]:
     """The answer (without the prompt) as a batch of one, never cached, never preempted, would give it."""
-    tokens, entries, answer = list(prompt), [0], []
+    tokens, answer = list(prompt), list[int]()
+    entries: Entries = [{} for _ in windows]
     while len(answer) < max_tokens:
-        for token in tokens[len(entries) - 1 :]:
-            entries.append(entry(entries[-1], token))
+        for position in range(len(entries[0]), len(tokens)):
+            compute(entries, position, tokens[position], windows)
         may_stop = len(answer) >= min_tokens
-        answer.append(next_token(entries[1:], seed))
+        answer.append(next_token(entries, len(tokens) - 1, windows, seed))
         tokens.append(answer[-1])
         if may_stop and answer[-1] in STOP:
             break
@@ -45,77 +69,104 @@ def alone(prompt: list[int], max_tokens: int, *, seed: int = 0, min_tokens: int 
 
 
 @dataclass
+class _Copied:
+    """A row as it was at launch."""
+
+    row: Row
+    samples: bool
+    tables: list[list[int]]
+    token_ids: list[int]  # up to the end of the row
+    start: int
+
+
+@dataclass
 class Pending:
     """A step being computed: everything was copied at launch, as a device would have it."""
 
     device: FakeDevice
-    rows: list[tuple[Row, bool, list[int], list[int], int]]  # row, samples, block ids, token ids, start
+    rows: list[_Copied]
 
     def wait(self) -> list[RowResult]:
         return self.device.compute(self)
 
-    @property
-    def block_ids(self) -> set[int]:
-        return {block_id for _row, _samples, blocks, _tokens, _start in self.rows for block_id in blocks}
+    def block_ids(self, group: int) -> set[int]:
+        return {block_id for copied in self.rows for block_id in copied.tables[group] if block_id != 0}
 
 
 @dataclass
 class FakeDevice:
-    num_blocks: int
+    groups: Sequence[tuple[int | None, int]]  # (window, num_blocks)
     block_size: int
-    cache: list[list[int]] = field(init=False)
-    salts: dict[int, bytes] = field(default_factory=dict)  # block id -> salt of the sequence that wrote it
+    cache: list[list[list[bytes | None]]] = field(init=False)  # group, block, offset
+    salts: dict[tuple[int, int], bytes] = field(
+        default_factory=dict
+    )  # (group, block id) -> its writer's salt
     failing_rows: dict[int, RowFailure] = field(default_factory=dict)  # by sequence id, once
 
     def __post_init__(self) -> None:
-        self.cache = [[-1] * self.block_size for _ in range(self.num_blocks)]
+        self.windows = [window for window, _num_blocks in self.groups]
+        self.cache = [[[None] * self.block_size for _ in range(n)] for _window, n in self.groups]
 
     def launch(self, step: Step) -> Pending:
         rows = []
         for row in step.rows:
             s = row.sequence
             start, end = s.num_computed_tokens, s.num_computed_tokens + row.num_tokens
-            rows.append((row, row.samples, list(s.block_ids), s.token_ids[:end], start))
+            tables = [list(table) for table in s.block_tables]
+            assert len(tables) == len(self.groups)
+            rows.append(_Copied(row, row.samples, tables, s.token_ids[:end], start))
         return Pending(self, rows)
 
     def compute(self, pending: Pending) -> list[RowResult]:
-        before = [list(block) for block in pending.device.cache]
-        return [self._compute_row(before, *row) for row in pending.rows]
+        before = [[list(block) for block in blocks] for blocks in self.cache]
+        return [self._compute_row(before, copied) for copied in pending.rows]
 
-    def _compute_row(
-        self,
-        before: list[list[int]],
-        row: Row,
-        samples: bool,
-        blocks: list[int],
-        tokens: list[int],
-        start: int,
-    ) -> RowResult:
-        s, size, entries = row.sequence, self.block_size, []
-        for position, token in enumerate(tokens):
-            block_id, offset = blocks[position // size], position % size
-            assert block_id != 0, "the null block is nobody's"
-            if position < start:
-                assert before[block_id][offset] >= 0, "read of a slot never written"
-                assert self.salts[block_id] == s.cache_salt, "a block crossed from one salt to another"
-                entries.append(before[block_id][offset])
-            else:
-                entries.append(entry(entries[-1] if entries else 0, token))
-                self.cache[block_id][offset] = entries[-1]
-                self.salts[block_id] = s.cache_salt
+    def _compute_row(self, before: list[list[list[bytes | None]]], copied: _Copied) -> RowResult:
+        s, entries = copied.row.sequence, self._read(before, copied)
+        for position in range(copied.start, len(copied.token_ids)):
+            compute(entries, position, copied.token_ids[position], self.windows)
+        for group, stored in enumerate(entries):
+            for position in range(copied.start, len(copied.token_ids)):
+                block_id, offset = self._place(copied, group, position)
+                self.cache[group][block_id][offset] = stored[position]
+                self.salts[group, block_id] = s.cache_salt
         if s.id in self.failing_rows:
-            self._spoil(blocks, start, len(tokens))
+            self._spoil(copied)
             return self.failing_rows.pop(s.id)
-        return SampledToken(next_token(entries, s.sampling.seed)) if samples else None
+        if not copied.samples:
+            return None
+        return SampledToken(next_token(entries, len(copied.token_ids) - 1, self.windows, s.sampling.seed))
+
+    def _read(self, before: list[list[list[bytes | None]]], copied: _Copied) -> Entries:
+        """What was computed in earlier steps and the row's first token sees."""
+        entries: Entries = []
+        for group, window in enumerate(self.windows):
+            entries.append({})
+            for position in range(first_visible(copied.start, window), copied.start):
+                block_id, offset = self._place(copied, group, position)
+                found = before[group][block_id][offset]
+                assert found is not None, "read of a slot never written"
+                assert self.salts[group, block_id] == copied.row.sequence.cache_salt, (
+                    "a block crossed from one salt to another"
+                )
+                entries[group][position] = found
+        return entries
+
+    def _place(self, copied: _Copied, group: int, position: int) -> tuple[int, int]:
+        block_id = copied.tables[group][position // self.block_size]
+        assert block_id != 0, "the null block is nobody's"
+        return block_id, position % self.block_size
 
     def spoil(self, pending: Pending) -> None:
         """The step went wrong: what it wrote is worthless."""
-        for _row, _samples, blocks, tokens, start in pending.rows:
-            self._spoil(blocks, start, len(tokens))
+        for copied in pending.rows:
+            self._spoil(copied)
 
-    def _spoil(self, blocks: list[int], start: int, end: int) -> None:
-        for position in range(start, end):
-            self.cache[blocks[position // self.block_size]][position % self.block_size] ^= 0x5A5A5A
+    def _spoil(self, copied: _Copied) -> None:
+        for group in range(len(self.groups)):
+            for position in range(copied.start, len(copied.token_ids)):
+                block_id, offset = self._place(copied, group, position)
+                self.cache[group][block_id][offset] = b"bad!"
 
 
 class Gate:

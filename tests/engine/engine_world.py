@@ -8,10 +8,13 @@ one or a mutant, and raises AssertionError where a promise is broken. Time is th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
+from typing import Any
 
-from engine_fakes import STOP, FakeDevice, Pending, alone
+from engine_fakes import STOP, FakeDevice, Pending, alone, first_visible
 from hypothesis import strategies as st
 
 from worker_orcd.config import EngineConfig
@@ -27,7 +30,12 @@ class Code:
     """The modules under test."""
 
     scheduler: ModuleType
+    tables: ModuleType
     blocks: ModuleType
+
+    def groups(self, *sizes: tuple[int | None, int]) -> list[Any]:
+        """Cache groups of these windows and numbers of blocks."""
+        return [self.tables.CacheGroup(self.blocks.BlockPool(n), window) for window, n in sizes]
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,21 @@ class Arrival:
 @dataclass(frozen=True)
 class Scenario:
     arrivals: list[Arrival]
-    num_blocks: int = 16
+    num_blocks: int = 16  # of the layers that see everything; 0: there are none
+    windowed: tuple[tuple[int, int], ...] = ()  # (window, blocks) of the others
     block_size: int = 4
     budget: int = 16
     max_seqs: int = 4
     caching: bool = True
     failing_ticks: frozenset[int] = frozenset()  # steps that fail as a whole
+
+    @property
+    def groups(self) -> list[tuple[int | None, int]]:
+        return [(None, self.num_blocks)] * (self.num_blocks > 0) + list(self.windowed)
+
+    def held_at_most(self, window: int) -> int:
+        """Blocks between steps: what the next token sees, and one for that token."""
+        return -(-(window - 1) // self.block_size) + 1
 
 
 PREFIXES = st.sampled_from([[], [7] * 9, [7] * 12, [7] * 4 + [8] * 8, [6] * 4 + [8] * 8, list(range(20))])
@@ -73,13 +90,36 @@ ARRIVALS = st.builds(
     fails_at=st.sampled_from([None] * 30 + [0, 1, 3, 6, 10]),
 )
 
+GROWING = st.builds(  # most of what they hold they ask for while they run, and they meet
+    Arrival,
+    tick=st.integers(0, 3),
+    prompt=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    max_tokens=st.integers(8, 30),
+    min_tokens=st.just(30),
+    priority=st.sampled_from([0, 0, 0, 1]),
+    seed=st.integers(0, 2),
+)
+
+
+@st.composite
+def window_groups(draw: st.DrawFn, size: int) -> tuple[int, int]:
+    """A window, and as few blocks as one sequence needs, or some more."""
+    window = draw(st.sampled_from([1, 2, 3, 5, 8, 9, 13, 20, 60]))
+    least = min(-(-(window - 1) // size) + 1, -(-44 // size))
+    return window, 1 + least + draw(st.sampled_from([0, 0, 1, 2, 3, 5, 10, 20]))
+
 
 @st.composite
 def scenarios(draw: st.DrawFn) -> Scenario:
     size = draw(st.sampled_from([1, 2, 4, 4, 5]))
+    num_blocks = draw(st.integers(45, 50) | st.integers(45, 90)) // size + 2  # the longest has 44 tokens
+    windowed = draw(st.just([]) | st.lists(window_groups(size), min_size=1, max_size=2))
     return Scenario(
-        arrivals=draw(st.lists(ARRIVALS, min_size=1, max_size=10)),
-        num_blocks=draw(st.integers(45, 50) | st.integers(45, 90)) // size + 2,  # the longest has 44 tokens
+        arrivals=draw(
+            st.lists(ARRIVALS, min_size=1, max_size=10) | st.lists(ARRIVALS | GROWING, min_size=3, max_size=8)
+        ),
+        num_blocks=draw(st.sampled_from([num_blocks, num_blocks, 0])) if windowed else num_blocks,
+        windowed=tuple(windowed),
         block_size=size,
         budget=draw(st.integers(1, 24)),
         max_seqs=draw(st.integers(1, 6)),
@@ -108,20 +148,31 @@ class World:
             block_size=scenario.block_size,
             enable_prefix_caching=scenario.caching,
         )
-        self.pool = code.blocks.BlockPool(scenario.num_blocks)
-        self.scheduler = code.scheduler.Scheduler(config, self.pool)
-        self.device = FakeDevice(scenario.num_blocks, scenario.block_size)
+        groups = code.groups(*scenario.groups)
+        self.pools = [group.pool for group in groups]
+        self.scheduler = code.scheduler.Scheduler(config, groups)
+        self.device = FakeDevice(scenario.groups, scenario.block_size)
         self.num_allocations = 0  # in this step
-        self.allocate = self.pool.allocate
-        self.pool.allocate = self.count_and_allocate
+        for pool in self.pools:
+            pool.allocate = partial(self.count_and_allocate, pool.allocate)
         self.stories: dict[int, Story] = {}
         self.tick = 0
         self.in_flight: list[Row] = []
 
-    def count_and_allocate(self, count: int) -> list[int]:
+    @property
+    def pool(self) -> Any:
+        """Of the first group."""
+        return self.pools[0]
+
+    @property
+    def lost(self) -> int:
+        """Blocks that are not free."""
+        return sum(pool.num_usable - pool.num_free for pool in self.pools)
+
+    def count_and_allocate(self, allocate: Callable[[int], list[int]], count: int) -> list[int]:
         self.num_allocations += 1
         assert self.num_allocations < MAX_ALLOCATIONS, "sequences preempt each other for ever"
-        return self.allocate(count)
+        return allocate(count)
 
     def submit(self, arrival: Arrival) -> Story:
         sequence_id = len(self.stories)
@@ -206,21 +257,31 @@ class World:
         """Reference counts are right, free + held = total, lists are sorted, and who waits holds nothing."""
         live = self.scheduler.running + self.scheduler.waiting
         ended = [r.sequence for r in self.in_flight if r.sequence not in live]
-        held = Counter(b for s in self.scheduler.running + ended for b in s.block_ids)
-        for block_id in range(self.pool.num_blocks):
-            assert self.pool.ref_count(block_id) == held[block_id], "a reference count is wrong"
-        assert len(held) + self.pool.num_free == self.pool.num_usable == self.scenario.num_blocks - 1
-        salts: dict[int, bytes] = {}
-        for s in self.scheduler.running:
-            assert s.block_ids and len(set(s.block_ids)) == len(s.block_ids)
-            for block_id in s.block_ids:
-                assert salts.setdefault(block_id, s.cache_salt) == s.cache_salt, "shared between salts"
-        assert not any(s.block_ids for s in self.scheduler.waiting), "who waits holds no blocks"
+        for group in range(len(self.pools)):
+            self.check_group(group, self.scheduler.running + ended)
+        assert not any(s.block_tables for s in self.scheduler.waiting), "who waits holds no blocks"
         assert not any(s.num_computed_tokens for s in self.scheduler.waiting), "and has nothing computed"
         for queue in (self.scheduler.running, self.scheduler.waiting):
             ranks = [(s.priority, s.arrival) for s in queue]
             assert ranks == sorted(ranks)
         assert {s.id for s in live} == {i for i, story in self.stories.items() if story.final is None}
+
+    def check_group(self, group: int, holders: list[Sequence]) -> None:
+        pool, (window, num_blocks) = self.pools[group], self.scenario.groups[group]
+        held = Counter(b for s in holders for b in s.block_tables[group] if b != 0)
+        for block_id in range(pool.num_blocks):
+            assert pool.ref_count(block_id) == held[block_id], "a reference count is wrong"
+        assert len(held) + pool.num_free == pool.num_usable == num_blocks - 1
+        salts: dict[int, bytes] = {}
+        for s in self.scheduler.running:
+            first = first_visible(s.num_computed_tokens, window) // self.scenario.block_size
+            behind, visible = s.block_tables[group][:first], s.block_tables[group][first:]
+            assert not any(behind), "blocks are held that nobody will see"
+            assert all(visible) and len(set(visible)) == len(visible), "blocks are missing"
+            if window is not None and not any(row.sequence is s for row in self.in_flight):
+                assert len(visible) <= self.scenario.held_at_most(window), "more blocks than a window needs"
+            for block_id in visible:
+                assert salts.setdefault(block_id, s.cache_salt) == s.cache_salt, "shared between salts"
 
     def check_step(self, step: Step, admitted_before: set[int]) -> None:
         scenario, scheduler = self.scenario, self.scheduler
@@ -233,14 +294,15 @@ class World:
             assert deadline is None or deadline > self.tick, "cycles on doomed work"
             first = row.sequence.num_computed_tokens // scenario.block_size
             last = (row.sequence.num_computed_tokens + row.num_tokens - 1) // scenario.block_size
-            for block_id in row.sequence.block_ids[first : last + 1]:
-                assert self.pool.ref_count(block_id) == 1, "a write to a shared block"
+            for pool, table in zip(self.pools, row.sequence.block_tables, strict=True):
+                for block_id in table[first : last + 1]:
+                    assert pool.ref_count(block_id) == 1, "a write to a shared block"
         in_step = {r.sequence.id for r in step.rows}
         idle = [s for s in scheduler.running if s.id not in in_step]
         assert not idle or step.num_tokens == scenario.budget, "budget left, and somebody idle"
         if any(s.num_uncomputed_tokens == 1 for s in idle):  # a decode stalls: only decodes may be before it
             assert all(r.num_tokens == 1 for r in step.rows)
-        unfinished = [r for r in step.rows if not r.samples]
+        unfinished = [r for r in step.rows if not r.samples and not self.lacks_blocks(r)]
         assert not unfinished or step.num_tokens == scenario.budget, "a prompt could have gone on"
         for admitted in (s for s in scheduler.running if s.id not in admitted_before):
             for waiting in scheduler.waiting:
@@ -248,9 +310,18 @@ class World:
                     "overtaken"
                 )
 
+    def lacks_blocks(self, row: Row) -> bool:
+        """Whether a pool had no block for the row's next token."""
+        end = row.sequence.num_computed_tokens + row.num_tokens
+        return any(
+            pool.num_free == 0 and len(table) * self.scenario.block_size == end
+            for pool, table in zip(self.pools, row.sequence.block_tables, strict=True)
+        )
+
     def check_in_flight(self, pending: Pending) -> None:
-        for block_id in pending.block_ids:
-            assert self.pool.ref_count(block_id) > 0, "a block was freed while the device may write to it"
+        for group, pool in enumerate(self.pools):
+            for block_id in pending.block_ids(group):
+                assert pool.ref_count(block_id) > 0, "a block was freed while the device may write to it"
 
 
 def play(code: Code, scenario: Scenario) -> World:
@@ -266,7 +337,7 @@ def play(code: Code, scenario: Scenario) -> World:
             break
     else:
         raise AssertionError("starved")
-    assert world.pool.num_free == world.pool.num_usable, "blocks were lost"
+    assert world.lost == 0, "blocks were lost"
     for story in world.stories.values():
         check_story(story, scenario)
     return world
@@ -275,7 +346,14 @@ def play(code: Code, scenario: Scenario) -> World:
 def check_story(story: Story, scenario: Scenario) -> None:
     arrival = story.arrival
     assert story.final is not None, "no last output"
-    expected = alone(arrival.prompt, arrival.max_tokens, seed=arrival.seed, min_tokens=arrival.min_tokens)
+    windows = [window for window, _num_blocks in scenario.groups]
+    expected = alone(
+        arrival.prompt,
+        arrival.max_tokens,
+        seed=arrival.seed,
+        min_tokens=arrival.min_tokens,
+        windows=windows,
+    )
     assert story.sequence.token_ids == arrival.prompt + story.tokens
     match story.final.finish_reason:
         case FinishReason.STOP:

@@ -15,6 +15,7 @@ import pytest
 from engine_fakes import STOP, FakeDevice, Gate, alone
 
 from worker_orcd.config import EngineConfig
+from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.engine.engine import Engine
 from worker_orcd.engine.messages import Cancel, Output, StepStats, Submit
@@ -33,11 +34,11 @@ class Bench:
         self, *, num_blocks: int = 200, max_seqs: int = 8, publish: Any = None, observer: Any = None
     ):
         self.config = EngineConfig(max_num_seqs=max_seqs, max_num_batched_tokens=64, block_size=4)
-        self.scheduler = Scheduler(self.config, BlockPool(num_blocks))
+        self.scheduler = Scheduler(self.config, [CacheGroup(BlockPool(num_blocks))])
         self.before_launch: Callable[[], None] = lambda: None
         self.before_wait: Callable[[], None] = lambda: None
         self.device = Gate(
-            FakeDevice(num_blocks, 4), lambda: self.before_launch(), lambda: self.before_wait()
+            FakeDevice([(None, num_blocks)], 4), lambda: self.before_launch(), lambda: self.before_wait()
         )
         self.log = io.StringIO()
         self.failures: list[EngineError] = []
@@ -393,4 +394,4 @@ def test_observer_and_snapshot_tell_of_each_step(bench: Bench):
     assert [s.num_tokens for s in bench.stats] == [9, 1, 1, 1, 1, 1]
     assert sum(s.num_sampled for s in bench.stats) == 6 and bench.stats[0].num_prompt_tokens == 9
     assert all(s.seconds > 0 for s in bench.stats)
-    assert bench.stats[-1].num_running == 0 and bench.stats[-1].kv_blocks_free == 199
+    assert bench.stats[-1].num_running == 0 and bench.stats[-1].kv_groups[0].free == 199

@@ -6,9 +6,9 @@ import pytest
 from engine_checks import CHECKS, Check
 from engine_world import Code
 
-from worker_orcd.engine import blocks, scheduler
+from worker_orcd.engine import block_tables, blocks, scheduler
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_promise(check: Check):
-    check(Code(scheduler, blocks))
+    check(Code(scheduler, block_tables, blocks))

@@ -18,9 +18,9 @@ from engine_checks import CHECKS
 from engine_world import Code, Scenario, play, scenarios
 from hypothesis import HealthCheck, Phase, given, settings
 
-from worker_orcd.engine import blocks, scheduler
+from worker_orcd.engine import block_tables, blocks, scheduler
 
-MUTANT_BLOCKS = "worker_orcd_mutant_blocks"
+MODULES = (blocks, block_tables, scheduler)  # in the order in which they import each other
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Mutant:
 
 def in_blocks(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, blocks, old, new)
+
+
+def in_tables(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, block_tables, old, new)
 
 
 def in_scheduler(name: str, old: str, new: str) -> Mutant:
@@ -57,12 +61,98 @@ MUTANTS = [
     ),
     in_blocks("held blocks count as free ones", "if self._ref_counts[block_id] == 0)", "if True)"),
     in_blocks("a gap in a prefix is jumped over", "break", "continue"),
-    in_scheduler(
-        "blocks are published before they are computed",
-        "        self._pool.take(found)\n        sequence.block_ids = found + self._pool.allocate(missing)\n",
-        "        self._pool.take(found)\n        sequence.block_ids = found + self._pool.allocate(missing)\n"
-        "        for b, h in zip(sequence.block_ids, sequence.block_hashes): self._pool.publish(b, h)\n",
+    in_blocks(
+        "a gap among the last is jumped over", "                length = index\n", "                pass\n"
     ),
+    in_blocks("a gap is found one block late", "length = index\n", "length = index + 1\n"),
+    in_blocks("the first of the last is not looked at", "max(0, length - num_last)", "length - num_last + 1"),
+    in_tables(
+        "blocks are published before they are computed",
+        "        sequence.num_computed_tokens = prefix",
+        "        for g, t in zip(self.groups, sequence.block_tables):\n"
+        "            for b, h in zip(t, sequence.block_hashes):\n"
+        "                if b != 0: g.pool.publish(b, h)\n"
+        "        sequence.num_computed_tokens = prefix",
+    ),
+    in_tables("found blocks are not taken", "            group.pool.take(found)\n", ""),
+    in_tables("blocks are released twice", "        sequence.block_tables = []\n", ""),
+    in_tables("the null block is released", " if block_id != NULL_BLOCK])", "])"),
+    in_tables(
+        "one block too many is released", "group.window + 1) //", "group.window + self._block_size) //"
+    ),
+    in_tables("a block is released one token early", "group.window + 1) //", "group.window + 2) //"),
+    in_tables("a block is released one token late", "group.window + 1) //", "group.window) //"),
+    in_tables("nothing is released behind the window", "if group.window is None:", "if True:"),
+    in_tables("what lies far behind is not released", "while first > 0 and table", "if first > 0 and table"),
+    in_tables(
+        "a released block stays in the table", "            table[first:end] = [NULL", "            [NULL"
+    ),
+    in_tables(
+        "a prefix does without its window's first block",
+        "self._num_blocks(g.window - 1) for",
+        "self._num_blocks(max(0, g.window - 2)) for",
+    ),
+    in_tables(
+        "a prefix needs none of its window",
+        "pool.longest_prefix(known, behind)",
+        "pool.longest_prefix(known, 0)",
+    ),
+    in_tables("the first group decides on a prefix", "num_agreeing < len(self.groups)", "num_agreeing < 1"),
+    in_tables(
+        "each group is asked once", "num_agreeing + 1 if longest == num_blocks else 1", "num_agreeing + 1"
+    ),
+    in_tables(
+        "the window takes the prefix's first blocks",
+        " - len(found)) + found + fresh",
+        " - len(found)) + fresh + found",
+    ),
+    in_tables(
+        "a table has no place for what is behind",
+        "[NULL_BLOCK] * (prefix.num_blocks - len(found)) + found",
+        "found",
+    ),
+    in_tables(
+        "an admission takes more than a window",
+        "if behind is not None:\n            end = min",
+        "if False:\n            end = min",
+    ),
+    in_tables("an admission takes less than a window", "behind + 1)\n        return", "1)\n        return"),
+    in_tables(
+        "only the first group must have room",
+        "                return False\n        return True\n\n    def admit",
+        "                return False\n            return True\n        return True\n\n    def admit",
+    ),
+    in_tables(
+        "only the last group bounds a chunk",
+        "num_blocks = min(\n            len(table)",
+        "num_blocks = max(\n            len(table)",
+    ),
+    in_tables(
+        "only one group is published",
+        "            for index in range(first, end):",
+        "            for index in range(first, end if group is self.groups[0] else first):",
+    ),
+    in_tables("a shared block is given twice", "if group.pool.ref_count(block_id) == 1)", "if True)"),
+    in_tables("what is found counts as given", ".difference(found)", ""),
+    in_tables(
+        "a window bounds the length", "if behind is None or group.pool.num_usable < behind + 1", "if True"
+    ),
+    in_tables("a small pool does not bound the length", " or group.pool.num_usable < behind + 1", ""),
+    in_scheduler(
+        "nothing behind a window is given back", "        self._tables.release_behind(sequence)\n", ""
+    ),
+    in_scheduler(
+        "a chunk is longer than its blocks",
+        "min(share, self._tables.reach(sequence))",
+        "share",
+    ),
+    in_scheduler(
+        "a chunk may be empty",
+        "            if self._grow(sequence, plan):\n                self._add_chunk",
+        "            if sequence.block_tables:\n                self._add_chunk",
+    ),
+    in_scheduler("the rest is spent without blocks", "min(wanted, self._tables.reach(sequence))", "wanted"),
+    in_scheduler("who was preempted goes on", "if not sequence.block_tables:  #", "if False:  #"),
     in_scheduler(
         "a failed row is published",
         "        if isinstance(result, RowFailure):\n",
@@ -76,30 +166,30 @@ MUTANTS = [
         "            self._publish_blocks(row.sequence, row.sequence.num_computed_tokens + row.num_tokens)\n"
         "        self._end_step(step)\n        return [",
     ),
-    in_scheduler("only the last of several blocks is published", "range(first, end)", "range(end - 1, end)"),
+    in_tables("only the last of several blocks is published", "range(first, end)", "range(end - 1, end)"),
     in_scheduler("blocks are not chained", "hashes[-1] if i else hash_salt", "hash_salt"),
     in_scheduler(
         "a whole prompt may be cached", "(len(sequence.token_ids) - 1) //", "len(sequence.token_ids) //"
     ),
-    in_scheduler("found blocks are not taken", "        self._pool.take(found)\n", ""),
     in_scheduler("a preempted sequence keeps its count", "        sequence.num_computed_tokens = 0\n", ""),
     in_scheduler(
         "a preempted sequence keeps its blocks",
-        "        self._release(sequence)\n        sequence",
+        "        self._tables.release(sequence)\n        sequence",
         "        sequence",
     ),
-    in_scheduler("blocks are released twice", "        sequence.block_ids = []\n", ""),
     in_scheduler("the best is preempted", "victim = self.running[-1]", "victim = self.running[0]"),
     in_scheduler(
         "a preempted sequence loses its place",
         "insort(self.waiting, sequence, key=_rank)\n\n",
         "self.waiting.append(sequence)\n\n",
     ),
-    in_scheduler("nobody is preempted for a decode", "while self._pool.num_free == 0:", "while False:"),
+    in_scheduler(
+        "nobody is preempted for a decode", "while not self._tables.extend(sequence, 1):", "while False:"
+    ),
     in_scheduler(
         "an equal is preempted", "s.priority > sequence.priority", "s.priority >= sequence.priority"
     ),
-    in_scheduler("some are preempted in vain", "bool(victims) and missing", "bool(victims) or missing"),
+    in_scheduler("some are preempted in vain", "bool(victims) and self", "bool(victims) or self"),
     in_scheduler(
         "a preempted row stays in the step", "self.rows.pop(sequence, 0)", "self.rows.get(sequence, 0)"
     ),
@@ -111,11 +201,11 @@ MUTANTS = [
     in_scheduler(
         "blocks are freed on cancel in flight",
         "self._ended_in_flight.append(sequence)",
-        "self._release(sequence)",
+        "self._tables.release(sequence)",
     ),
     in_scheduler(
         "blocks are not freed after cancel in flight",
-        "        for sequence in self._ended_in_flight:\n            self._release(sequence)\n",
+        "        for sequence in self._ended_in_flight:\n            self._tables.release(sequence)\n",
         "",
     ),
     in_scheduler(
@@ -133,7 +223,7 @@ MUTANTS = [
     ),
     in_scheduler("a deadline outlives its sequence", " and sequence.arrival == arrival", ""),
     in_scheduler("the budget is not spent", "        self.budget -= num_tokens\n", ""),
-    in_scheduler("the rest of the budget is lost", "        plan.spend_rest()\n", ""),
+    in_scheduler("the rest of the budget is lost", "        self._spend_rest(plan)\n", ""),
     in_scheduler("a long prompt takes all", "-(-self.budget // 2)", "self.budget"),
     in_scheduler(
         "prompts go before decodes",
@@ -145,7 +235,9 @@ MUTANTS = [
         "and plan.budget > 0 and len(self.running) < self._config.max_num_seqs",
         "and plan.budget > 0",
     ),
-    in_scheduler("no block is spared", "missing + len(self.running) >", "missing >"),
+    in_scheduler(
+        "no block is spared", "len(sequence.token_ids), len(self.running))", "len(sequence.token_ids), 0)"
+    ),
     in_scheduler(
         "the pool does not bound the length",
         "min(config.max_model_len or capacity, capacity)",
@@ -157,18 +249,20 @@ MUTANTS = [
 
 def load(mutant: Mutant) -> Code:
     """The modules under test with the mistake put in."""
-    sources = {module: inspect.getsource(module) for module in (blocks, scheduler)}
-    assert sources[mutant.module].count(mutant.old) == 1, f"not found once: {mutant.old!r}"
-    sources[mutant.module] = sources[mutant.module].replace(mutant.old, mutant.new)
-    sources[scheduler] = sources[scheduler].replace("worker_orcd.engine.blocks", MUTANT_BLOCKS)
-    loaded = []
-    for name, module in ((MUTANT_BLOCKS, blocks), ("worker_orcd_mutant_scheduler", scheduler)):
+    made: list[ModuleType] = []
+    for module in MODULES:
+        source, name = inspect.getsource(module), f"mutant_{module.__name__.rpartition('.')[2]}"
+        if module is mutant.module:
+            assert source.count(mutant.old) == 1, f"not found once: {mutant.old!r}"
+            source = source.replace(mutant.old, mutant.new)
+        for original, copy in zip(MODULES, made, strict=False):
+            source = source.replace(f"{original.__name__} import", f"{copy.__name__} import")
         spec = importlib.util.spec_from_loader(name, loader=None)
         assert spec is not None
-        made = sys.modules[name] = importlib.util.module_from_spec(spec)
-        exec(compile(sources[module], name, "exec"), made.__dict__)
-        loaded.append(made)
-    return Code(scheduler=loaded[1], blocks=loaded[0])
+        made.append(importlib.util.module_from_spec(spec))
+        sys.modules[name] = made[-1]
+        exec(compile(source, name, "exec"), made[-1].__dict__)
+    return Code(blocks=made[0], tables=made[1], scheduler=made[2])
 
 
 def killer(code: Code) -> str | None:

@@ -6,9 +6,9 @@ import pytest
 from engine_world import Code, Scenario, play, scenarios
 from hypothesis import HealthCheck, given, settings
 
-from worker_orcd.engine import blocks, scheduler
+from worker_orcd.engine import block_tables, blocks, scheduler
 
-REAL = Code(scheduler, blocks)
+REAL = Code(scheduler, block_tables, blocks)
 
 
 @pytest.mark.slow

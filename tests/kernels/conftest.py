@@ -254,12 +254,12 @@ def fill(inputs: BatchInputs, chunks: Sequence[Chunk], limits: Limits) -> Counts
         inputs.token_ids[where] = torch.tensor(list(chunk.token_ids[chunk.start : end]))
         inputs.positions[where] = torch.tensor(positions)
         slots = blocks[positions // limits.block_size] * limits.block_size + positions % limits.block_size
-        inputs.slots[where] = torch.tensor(slots)
+        inputs.slots[0, where] = torch.tensor(slots)
         token += chunk.count
         inputs.query_start[row + 1] = token
         inputs.context_lens[row] = end
         used = -(-end // limits.block_size)
-        inputs.block_tables[row, :used] = torch.tensor(blocks[:used])
+        inputs.block_tables[0, row, :used] = torch.tensor(blocks[:used])
     inputs.logit_tokens[:token] = torch.arange(token)
     return Counts(token, len(chunks), token)
 

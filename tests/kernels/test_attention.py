@@ -84,11 +84,11 @@ class Attention:
             inputs.token_ids[where] = torch.tensor(positions)
             inputs.positions[where] = torch.tensor(positions)
             size = self.context.block_size
-            inputs.slots[where] = torch.tensor(blocks[positions // size] * size + positions % size)
+            inputs.slots[0, where] = torch.tensor(blocks[positions // size] * size + positions % size)
             token += count
             inputs.query_start[index + 1] = token
             inputs.context_lens[index] = start + count
-            inputs.block_tables[index, : len(blocks)] = torch.tensor(blocks)
+            inputs.block_tables[0, index, : len(blocks)] = torch.tensor(blocks)
         wanted = range(max(0, token - self.limits.max_rows), token) if wanted is None else wanted
         inputs.logit_tokens[: len(wanted)] = torch.tensor(list(wanted), dtype=torch.int32)
         return self.run(Counts(token, len(rows), len(wanted))).numpy().copy()
@@ -266,7 +266,7 @@ def test_float16_is_rounded_to_nearest_even_on_every_isa(make_native, isas, libr
             return x
 
         inputs.token_ids[:] = torch.arange(512)
-        inputs.slots[:] = torch.arange(512)
+        inputs.slots[0] = torch.arange(512)
         backend.compile(forward, inputs, limits)(Counts(512, 1, 1))
         tiles = cache.tensor.data.view(np.uint16).reshape(-1, 2, 16, 16)[: 512 // BLOCK]
         np.testing.assert_array_equal(tiles[:, 1].reshape(512, 16), want)

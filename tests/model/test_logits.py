@@ -94,7 +94,7 @@ def started(token_ids: list[int], first_block: int) -> Row:
         stop_token_ids=frozenset(),
         sampling=SamplingParams(),
     )
-    sequence.block_ids = [first_block + 1, first_block + 2]
+    sequence.block_tables = [[first_block + 1, first_block + 2]]
     return Row(sequence, len(token_ids))
 
 

@@ -40,7 +40,7 @@ def sequence(number: int, token_ids: list[int], **params: Any) -> Sequence:
         stop_token_ids=frozenset(),
         sampling=SamplingParams(**params),
     )
-    made.block_ids = list(range(1 + 4 * number, 5 + 4 * number))  # room for 64 tokens
+    made.block_tables = [list(range(1 + 4 * number, 5 + 4 * number))]  # room for 64 tokens
     return made
 
 
@@ -124,7 +124,7 @@ def test_the_sequence_may_change_after_launch(runner: ModelRunner):
     expected = runner.launch(Step((Row(made, 20),))).wait()
     pending = runner.launch(Step((Row(made, 20),)))
     made.token_ids.clear()
-    made.block_ids.clear()
+    made.block_tables.clear()
     assert pending.wait() == expected
 
 

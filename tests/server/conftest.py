@@ -95,7 +95,7 @@ class Reciter:
         self.go.set()
         self.submitted: list[Submit] = []
         self.cancelled: list[int] = []
-        self.snapshot = EngineSnapshot(kv_blocks_free=num_blocks, kv_blocks_total=num_blocks)
+        self.snapshot = EngineSnapshot(kv_groups=_groups(num_blocks, num_blocks))
         self._num_blocks = num_blocks
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._running: dict[int, Recital] = {}
@@ -166,9 +166,17 @@ class Reciter:
         self.snapshot = EngineSnapshot(
             num_running=len(self._running),
             num_waiting=0,
-            kv_blocks_free=self._num_blocks - len(self._running),
-            kv_blocks_total=self._num_blocks,
+            kv_groups=_groups(self._num_blocks - len(self._running), self._num_blocks),
         )
+
+
+def _groups(free: int, total: int) -> tuple[GroupBlocks, ...]:
+    """A fifth of the blocks belongs to layers with a window; they are the last to be held."""
+    windowed = total // 5
+    return (
+        GroupBlocks(window=None, free=free - windowed, total=total - windowed),
+        GroupBlocks(window=128, free=windowed, total=windowed),
+    )
 
 
 def _logprobs(token: int, asked: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
@@ -189,8 +197,7 @@ def _stats(rows: int, snapshot: EngineSnapshot) -> StepStats:
         prefix_hit_tokens=1,
         num_running=snapshot.num_running,
         num_waiting=0,
-        kv_blocks_free=snapshot.kv_blocks_free,
-        kv_blocks_total=snapshot.kv_blocks_total,
+        kv_groups=snapshot.kv_groups,
     )
 
 
@@ -295,7 +302,6 @@ FACTS = ModelFacts(
     device="cpu, 1 thread",
     memory_bytes_used=1000,
     memory_bytes_total=2000,
-    kv_blocks_total=100,
     kv_block_size=16,
     trained_context_length=2048,
 )

@@ -99,6 +99,10 @@ async def test_health_when_ready(world):
     assert body["model"] == "small"
     assert (body["vram_bytes_used"], body["vram_bytes_total"]) == (1000, 2000)
     assert (body["kv_blocks_total"], body["kv_blocks_free"]) == (100, 100)
+    assert body["kv_groups"] == [
+        {"window": None, "free": 80, "total": 80},
+        {"window": 128, "free": 20, "total": 20},
+    ]
     assert (body["vocab_size"], body["context_length"], body["quant_kind"]) == (261, 512, "Q4_1")
     assert body["chat_template_sha256"] == w.serving.chat_template.sha256
     assert body["fingerprint"].startswith("worker-orcd-0.")
@@ -116,6 +120,7 @@ async def test_health_and_readiness_when_busy(world, eventually):
         await eventually(lambda: w.engine.snapshot.num_running == 1)
         _, body = await health(w)
         assert (body["state"], body["running"], body["kv_blocks_free"]) == ("busy", 1, 99)
+        assert w.count("worker_kv_usage_ratio") == 1 / 80  # of the group with the largest share held
         assert (await readiness(w))[0] == 200
         two = asyncio.create_task(http.post("/execute", json={"job_id": "2", "prompt": "x"}))
         await eventually(lambda: w.engine.snapshot.num_running == 2)
@@ -252,6 +257,8 @@ async def test_metrics_count_what_happened(world, eventually):
     assert w.count("worker_prefix_cache_hit_ratio") == 0.5
     assert w.count("worker_vram_bytes") == 1000
     assert w.count("worker_kv_usage_ratio") == 0
+    assert w.count('worker_kv_group_blocks_free{window="none"}') == 80
+    assert w.count('worker_kv_group_blocks_total{window="128"}') == 20
     assert w.count("worker_uptime_seconds") > 0
 
 

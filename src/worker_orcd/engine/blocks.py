@@ -69,6 +69,15 @@ class BlockPool:
             found.append(block_id)
         return found
 
+    def longest_prefix(self, block_hashes: SequenceABC[bytes], num_last: int) -> int:
+        """How many of these blocks the longest prefix has whose last `num_last` blocks are cached."""
+        length = index = len(block_hashes)
+        while index > max(0, length - num_last):
+            index -= 1
+            if block_hashes[index] not in self._by_hash:
+                length = index
+        return length
+
     def num_free_after(self, block_ids: SequenceABC[int]) -> int:
         """How many blocks would stay free if these were taken."""
         return len(self._free) - sum(1 for block_id in block_ids if self._ref_counts[block_id] == 0)

@@ -51,6 +51,15 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupBlocks:
+    """The KV blocks of one cache group: the layers that see everything, or those of one sliding window."""
+
+    window: int | None  # tokens
+    free: int  # held by no sequence
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """What one step did, for metrics. Counters are of this step, gauges are as it ended."""
 
@@ -64,8 +73,7 @@ class StepStats:
     prefix_hit_tokens: int
     num_running: int
     num_waiting: int
-    kv_blocks_free: int
-    kv_blocks_total: int
+    kv_groups: tuple[GroupBlocks, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +82,16 @@ class EngineSnapshot:
 
     num_running: int = 0
     num_waiting: int = 0
-    kv_blocks_free: int = 0
-    kv_blocks_total: int = 0
+    kv_groups: tuple[GroupBlocks, ...] = ()
     failed: bool = False  # a fault ended the engine: every later submit gets an ERROR output
+
+    @property
+    def kv_blocks_free(self) -> int:
+        return sum(group.free for group in self.kv_groups)
+
+    @property
+    def kv_blocks_total(self) -> int:
+        return sum(group.total for group in self.kv_groups)
 
 
 class StepObserver(Protocol):

@@ -11,17 +11,21 @@ Who goes first. Sequences are ranked by (priority, arrival). A step has one toke
 3. Waiting sequences, best rank first, while seats (`max_num_seqs`) and blocks last.
 4. What nobody took goes to the unfinished rows of 2 and 3.
 
-Blocks. A sequence is admitted when there are blocks for all its known tokens, so only decoding asks for more.
-Unless it is alone, it leaves one spare block for each running sequence, or it would soon be preempted again.
-Where a block is missing, the running sequence of worst rank is preempted: its blocks are freed, it waits at
-its old rank and is computed again (often found again in the prefix cache). A waiting sequence may preempt
-running ones of a strictly higher priority number for blocks, but not for a seat.
+Blocks come from one pool for each cache group (`block_tables`), and what follows holds for each. A sequence
+is admitted when there are blocks for all its known tokens, or, in a windowed group, for as many as a token
+sees; so only decoding asks for more, and prompts longer than a window, chunk by chunk. Unless it is alone, it
+leaves one spare block for each running sequence, or it would soon be preempted again. A chunk is cut to the
+blocks that are free. Where there is none for a single token, the running sequence of worst rank is preempted:
+its blocks are freed, it waits at its old rank and is computed again (often found again in the prefix cache).
+A waiting sequence may preempt running ones of a strictly higher priority number for blocks, but not for a
+seat.
 
 Nothing starves within a priority. Nobody is admitted past a better rank. The running sequence of best rank is
-never preempted for another, and it alone always fits into the pool, because `submit` refuses what does not.
+never preempted for another, and it alone always fits into the pools, because `submit` refuses what does not.
 The decodes before it in the budget are finitely many and each ends after `max_tokens`; then it gets at least
-half of the budget. So it finishes, the next becomes the best, and by induction all do. Between priorities the
-order is strict: a lower class waits for as long as a better one keeps the worker full.
+half of the budget, or as much of it as it has blocks for, and at least a token. So it finishes, the next
+becomes the best, and by induction all do. Between priorities the order is strict: a lower class waits for as
+long as a better one keeps the worker full.
 
 In flight. Between `schedule` and `update` (or `fail`) the device may write to the blocks of the step's rows.
 A sequence that ends in between is reported at once, and its blocks are freed when the step is over. Blocks
@@ -35,7 +39,8 @@ from bisect import insort
 from collections.abc import Sequence as SequenceABC
 
 from worker_orcd.config import EngineConfig
-from worker_orcd.engine.blocks import BlockPool, hash_block, hash_salt
+from worker_orcd.engine.block_tables import BlockTables, CacheGroup, Prefix
+from worker_orcd.engine.blocks import hash_block, hash_salt
 from worker_orcd.engine.messages import EngineSnapshot, Output, StepStats, Submit
 from worker_orcd.errors import ContextLengthExceeded, Internal, InvalidParameter
 from worker_orcd.sequence import FinishReason, Row, RowFailure, RowResult, SampledToken, Sequence, Step
@@ -48,16 +53,17 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 
 
 class Scheduler:
-    """Owns every live sequence and the block pool; on the engine's thread.
+    """Owns every live sequence and the block tables; on the engine's thread.
 
-    Invariants: `waiting` and `running` are sorted by rank; a running sequence holds blocks for every token it
-    has computed, a waiting one holds none; each sequence gets exactly one output with a finish reason, its
-    last.
+    Invariants: `waiting` and `running` are sorted by rank; a running sequence holds blocks for every computed
+    token that later ones see, a waiting one holds none; each sequence gets exactly one output with a finish
+    reason, its last.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+    def __init__(self, config: EngineConfig, groups: SequenceABC[CacheGroup]) -> None:
+        """`groups`: in the order of the model's `cache_groups`."""
         self._config = config
-        self._pool = pool
+        self._tables = BlockTables(groups, config.block_size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._sequences: dict[int, Sequence] = {}
@@ -68,7 +74,7 @@ class Scheduler:
         self._in_flight: Step | None = None
         self._ended_in_flight: list[Sequence] = []
         self._plan = _Plan(0)  # of the step being made, or made last
-        capacity = pool.num_usable * config.block_size
+        capacity = self._tables.max_len
         self.max_len = min(config.max_model_len or capacity, capacity)
 
     # -- commands ------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ class Scheduler:
         self._plan_decodes(plan)
         self._plan_prompts(plan)
         self._admit_waiting(plan, now)
-        plan.spend_rest()
+        self._spend_rest(plan)
         if not plan.rows:
             return None
         self._in_flight = Step(tuple([Row(sequence, n) for sequence, n in plan.rows.items()]))
@@ -178,16 +184,14 @@ class Scheduler:
             prefix_hit_tokens=plan.prefix_hit_tokens,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            kv_blocks_free=self._pool.num_free,
-            kv_blocks_total=self._pool.num_usable,
+            kv_groups=self._tables.counts(),
         )
 
     def snapshot(self, *, failed: bool = False) -> EngineSnapshot:
         return EngineSnapshot(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            kv_blocks_free=self._pool.num_free,
-            kv_blocks_total=self._pool.num_usable,
+            kv_groups=self._tables.counts(),
             failed=failed,
         )
 
@@ -197,15 +201,17 @@ class Scheduler:
         for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
             if plan.budget == 0:
                 break
-            # No blocks: it was preempted for one of better rank a moment ago.
-            if sequence.block_ids and self._grow(sequence, plan):
+            if self._grow(sequence, plan):
                 plan.add(sequence, 1)
 
     def _plan_prompts(self, plan: _Plan) -> None:
         prompts = [s for s in self.running if s not in plan.rows and s.num_uncomputed_tokens > 1]
         others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
         for i, sequence in enumerate(prompts):
-            plan.add_chunk(sequence, others_behind=others_wait or i + 1 < len(prompts))
+            if plan.budget == 0:
+                break
+            if self._grow(sequence, plan):
+                self._add_chunk(sequence, plan, others_behind=others_wait or i + 1 < len(prompts))
 
     def _admit_waiting(self, plan: _Plan, now: float) -> None:
         while self.waiting and plan.budget > 0 and len(self.running) < self._config.max_num_seqs:
@@ -222,47 +228,58 @@ class Scheduler:
                 )
                 plan.prefix_hit_tokens += sequence.num_cached_tokens
             others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
-            plan.add_chunk(sequence, others_behind=others_wait)
+            self._add_chunk(sequence, plan, others_behind=others_wait)
+
+    def _add_chunk(self, sequence: Sequence, plan: _Plan, *, others_behind: bool) -> None:
+        """Its share of the budget, or as much of that as there are blocks for; it holds one for a token."""
+        share = plan.share(sequence.num_uncomputed_tokens, others_behind=others_behind)
+        num_tokens = min(share, self._tables.reach(sequence))
+        self._tables.extend(sequence, num_tokens)
+        plan.add(sequence, num_tokens)
+
+    def _spend_rest(self, plan: _Plan) -> None:
+        for sequence, num_tokens in plan.rows.items():
+            if plan.budget == 0:
+                break
+            wanted = min(sequence.num_uncomputed_tokens, num_tokens + plan.budget)
+            if wanted > num_tokens:
+                wanted = min(wanted, self._tables.reach(sequence))
+                self._tables.extend(sequence, wanted)
+                plan.enlarge(sequence, wanted)
 
     def _allocate(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Give a waiting sequence the blocks of all its tokens, cached ones where there are any."""
+        """Give a waiting sequence the blocks of its tokens, cached ones where there are any."""
         # At least one token must be computed, to have logits to sample from.
         reusable = (len(sequence.token_ids) - 1) // self._config.block_size
-        found = self._pool.find(sequence.block_hashes[:reusable])
-        missing = self._num_blocks(len(sequence.token_ids)) - len(found)
-        while missing + len(self.running) > self._pool.num_free_after(found):
-            if not self._may_preempt_for(sequence, missing, found):
+        prefix = self._tables.find(sequence.block_hashes[:reusable])
+        while not self._tables.has_room(prefix, len(sequence.token_ids), len(self.running)):
+            if not self._may_preempt_for(sequence, prefix):
                 return False
             self._preempt(self.running[-1], plan)
-        self._pool.take(found)
-        sequence.block_ids = found + self._pool.allocate(missing)
-        sequence.num_computed_tokens = len(found) * self._config.block_size
+        self._tables.admit(sequence, prefix)
         return True
 
-    def _may_preempt_for(self, sequence: Sequence, missing: int, found: list[int]) -> bool:
+    def _may_preempt_for(self, sequence: Sequence, prefix: Prefix) -> bool:
         """Whether preempting all of worse priority would make room; some in vain would be waste."""
         victims = [s for s in self.running if s.priority > sequence.priority]
         kept = len(self.running) - len(victims)
-        held = {b for s in victims for b in s.block_ids}.difference(found)
-        freed = sum(1 for block_id in held if self._pool.ref_count(block_id) == 1)
-        return bool(victims) and missing + kept <= self._pool.num_free_after(found) + freed
+        return bool(victims) and self._tables.has_room(prefix, len(sequence.token_ids), kept, victims)
 
     def _grow(self, sequence: Sequence, plan: _Plan) -> bool:
         """Make sure that there is a slot for the next token. False if the sequence itself had to give way."""
-        if self._num_blocks(len(sequence.token_ids)) == len(sequence.block_ids):
-            return True
-        while self._pool.num_free == 0:
+        if not sequence.block_tables:  # preempted for one of better rank a moment ago
+            return False
+        while not self._tables.extend(sequence, 1):
             victim = self.running[-1]
             self._preempt(victim, plan)
             if victim is sequence:
                 return False
-        sequence.block_ids += self._pool.allocate(1)
         return True
 
     def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
         self.running.remove(sequence)
         plan.remove(sequence)
-        self._release(sequence)
+        self._tables.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
@@ -273,7 +290,7 @@ class Scheduler:
         assert step is self._in_flight, "not the step in flight"
         self._in_flight = None
         for sequence in self._ended_in_flight:
-            self._release(sequence)
+            self._tables.release(sequence)
         self._ended_in_flight.clear()
 
     def _advance(self, row: Row, result: RowResult) -> Output | None:
@@ -288,6 +305,7 @@ class Scheduler:
             self._plan.num_prompt_tokens += row.num_tokens
         self._publish_blocks(sequence, sequence.num_computed_tokens + row.num_tokens)
         sequence.num_computed_tokens += row.num_tokens
+        self._tables.release_behind(sequence)
         if result is None:
             return None
         self._plan.num_sampled += 1
@@ -314,11 +332,11 @@ class Scheduler:
         assert sequence.finish_reason is None, "a sequence ends once"
         sequence.finish_reason = reason
         del self._sequences[sequence.id]
-        (self.running if sequence.block_ids else self.waiting).remove(sequence)
+        (self.running if sequence.block_tables else self.waiting).remove(sequence)
         if self._in_flight is not None and any(row.sequence is sequence for row in self._in_flight.rows):
             self._ended_in_flight.append(sequence)
         else:
-            self._release(sequence)
+            self._tables.release(sequence)
         return Output(
             sequence.id,
             tokens,
@@ -328,10 +346,6 @@ class Scheduler:
             error=error,
             queue_seconds=sequence.queue_seconds,
         )
-
-    def _release(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.block_ids)
-        sequence.block_ids = []
 
     # -- small things --------------------------------------------------------------------------------------
 
@@ -354,9 +368,6 @@ class Scheduler:
             return None
         return Output(command.id, finish_reason=FinishReason.ERROR, error_code=code, error=error)
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
-
     def _extend_hashes(self, sequence: Sequence, num_tokens: int) -> None:
         """Hash the full blocks among the first `num_tokens` tokens, each once in a sequence's life."""
         if not self._config.enable_prefix_caching:
@@ -373,8 +384,7 @@ class Scheduler:
         if first == end or not self._config.enable_prefix_caching:
             return
         self._extend_hashes(sequence, num_computed)
-        for i in range(first, end):
-            self._pool.publish(sequence.block_ids[i], sequence.block_hashes[i])
+        self._tables.publish(sequence, first, end)
 
 
 class _Plan:
@@ -393,21 +403,14 @@ class _Plan:
         self.rows[sequence] = num_tokens
         self.budget -= num_tokens
 
-    def add_chunk(self, sequence: Sequence, *, others_behind: bool) -> None:
-        """All that is needed if it fits, else half of the budget if others want some too, else all."""
-        if self.budget == 0:
-            return
-        wanted = sequence.num_uncomputed_tokens
-        share = self.budget if wanted <= self.budget or not others_behind else -(-self.budget // 2)
-        self.add(sequence, min(wanted, share))
+    def enlarge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make a row as long as that."""
+        self.budget -= num_tokens - self.rows[sequence]
+        self.rows[sequence] = num_tokens
 
-    def spend_rest(self) -> None:
-        for sequence, num_tokens in self.rows.items():
-            if self.budget == 0:
-                break
-            more = min(sequence.num_uncomputed_tokens - num_tokens, self.budget)
-            self.rows[sequence] = num_tokens + more
-            self.budget -= more
+    def share(self, wanted: int, *, others_behind: bool) -> int:
+        """All that is wanted if it fits, else half of the budget if others want some too, else all."""
+        return min(wanted, -(-self.budget // 2) if wanted > self.budget and others_behind else self.budget)
 
     def remove(self, sequence: Sequence) -> None:
         self.num_preempted += 1

@@ -85,10 +85,10 @@ class BatchInputs:
 
     token_ids: Tensor  # (max_tokens,) int32
     positions: Tensor  # (max_tokens,) int32, absolute
-    slots: Tensor  # (max_tokens,) int32: block_id * block_size + offset, where the token's K and V go
+    slots: Tensor  # (num_groups, max_tokens) int32: block_id * block_size + offset, where K and V go
     query_start: Tensor  # (max_rows + 1,) int32: row r owns tokens query_start[r] … query_start[r + 1] - 1
     context_lens: Tensor  # (max_rows,) int32: tokens in the cache after this step
-    block_tables: Tensor  # (max_rows, max_blocks_per_row) int32
+    block_tables: Tensor  # (num_groups, max_rows, max_blocks_per_row) int32; what no token sees is undefined
     logit_tokens: Tensor  # (max_rows,) int32: the tokens whose logits are wanted, as indices into the step
 
 
@@ -109,6 +109,7 @@ class Limits:
     max_rows: int
     max_blocks_per_row: int
     block_size: int
+    num_groups: int = 1  # of layers that share block tables, see `model.config.ModelConfig.cache_groups`
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,11 @@ class LayerCache:
     """One layer's KV blocks. Block 0 is the null block.
 
     Which of the two axes of a block comes first is the backend's business: only its `store_kv` and
-    `attention` look inside. `tensor` is what `allocate_cache` returned.
+    `attention` look inside. `tensor` is the backend's own.
     """
 
     tensor: Tensor
+    group: int = 0  # of the step's slots and block tables
 
 
 class Forward(Protocol):
@@ -181,7 +183,7 @@ class Backend(Protocol):
     def allocate_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
     ) -> LayerCache:
-        """One layer's cache, zeroed. Raises InsufficientMemory."""
+        """One layer's cache, zeroed, for group 0. Raises InsufficientMemory."""
         ...
 
     def cache_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:

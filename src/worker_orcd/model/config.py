@@ -73,6 +73,15 @@ class ModelConfig:
     original_context_length: int | None = None  # contexts longer than this use `long_rope`
     unused_tensors: frozenset[str] = frozenset()  # names the file may hold and nothing reads
 
+    @property
+    def cache_groups(self) -> tuple[int | None, ...]:
+        """The windows that its layers have: None (they see everything) first, then the largest first.
+
+        Layers of one window need the KV cache of the same positions, so they share block numbers.
+        """
+        windows = {layer.attention.window for layer in self.layers}
+        return tuple(sorted(windows, key=lambda window: (window is not None, -(window or 0))))
+
     def serving(self, max_model_len: int) -> ModelConfig:
         """The same model for contexts of up to `max_model_len` tokens: here long RoPE factors are chosen.
 

@@ -6,6 +6,7 @@ All of it is numpy on whole arrays: a step of 64 decodes costs a fraction of a m
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
 from itertools import chain
 
 import numpy as np
@@ -21,9 +22,19 @@ Ints = NDArray[np.int64]
 class Batch:
     """The inputs of one step at a time, as numpy views of a backend's buffers."""
 
-    def __init__(self, inputs: BatchInputs, limits: Limits, *, num_blocks: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        inputs: BatchInputs,
+        limits: Limits,
+        *,
+        windows: SequenceABC[int | None],
+        num_blocks: SequenceABC[int],
+        vocab_size: int,
+    ) -> None:
+        """`windows`, `num_blocks`: one for each cache group, the null block counted."""
         self._limits = limits
-        self._num_blocks = num_blocks
+        self._windows = tuple(windows)
+        self._num_blocks = tuple(num_blocks)
         self._vocab_size = vocab_size
         self._token_ids: NDArray[np.int32] = inputs.token_ids.numpy()
         self._positions: NDArray[np.int32] = inputs.positions.numpy()
@@ -45,6 +56,8 @@ class Batch:
         computed = np.array([row.sequence.num_computed_tokens for row in step.rows], dtype=np.int64)
         if lengths.min() < 1 or computed.min() < 0:
             raise Internal("a row of no tokens, or of a sequence with fewer than none computed")
+        if any(len(row.sequence.block_tables) != len(self._windows) for row in step.rows):
+            raise Internal(f"a row without a block table for each of the {len(self._windows)} cache groups")
         num_tokens = int(lengths.sum())
         if num_tokens > self._limits.max_tokens:
             raise Internal(f"a step of {num_tokens} tokens; at most {self._limits.max_tokens} are allowed")
@@ -52,8 +65,12 @@ class Batch:
         ends = np.cumsum(lengths)  # (num_rows,)
         self._query_start[1 : num_rows + 1] = ends
         self._context_lens[:num_rows] = computed + lengths
-        self._fill_blocks(step, computed + lengths)
-        self._fill_places(lengths, computed, ends)
+        rows, offsets = _places_in_runs(lengths)  # (num_tokens,)
+        positions = computed[rows] + offsets  # (num_tokens,)
+        self._positions[:num_tokens] = positions
+        for group in range(len(self._windows)):
+            self._fill_blocks(step, group, computed, computed + lengths)
+            self._fill_slots(group, rows, positions)
         return Counts(num_tokens, num_rows, self._fill_logit_tokens(step, ends, every_logit))
 
     def _fill_tokens(self, step: Step, num_tokens: int) -> None:
@@ -64,30 +81,32 @@ class Batch:
             raise Internal(f"a token id outside the vocabulary of {self._vocab_size}")
         self._token_ids[:num_tokens] = token_ids
 
-    def _fill_blocks(self, step: Step, context_lens: Ints) -> None:
-        """The blocks of each row's context; entries beyond stay as they are, nothing reads them."""
-        counts = -(-context_lens // self._limits.block_size)  # (num_rows,)
-        if counts.max() > self._limits.max_blocks_per_row:
+    def _fill_blocks(self, step: Step, group: int, computed: Ints, context_lens: Ints) -> None:
+        """The blocks that each row's tokens see; the other entries stay as they are, nothing reads them."""
+        block_size, window = self._limits.block_size, self._windows[group]
+        ends = -(-context_lens // block_size)  # (num_rows,)
+        if ends.max() > self._limits.max_blocks_per_row:
             raise Internal(f"a context of {context_lens.max()} tokens is longer than a row may be")
+        firsts = np.zeros_like(ends)
+        if window is not None:
+            firsts = np.maximum(computed - window + 1, 0) // block_size
         tables = [
-            row.sequence.block_ids[:count] for row, count in zip(step.rows, counts.tolist(), strict=True)
+            row.sequence.block_tables[group][first:end]
+            for row, first, end in zip(step.rows, firsts.tolist(), ends.tolist(), strict=True)
         ]
         blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
-        if len(blocks) != counts.sum():
+        if len(blocks) != (ends - firsts).sum():
             raise Internal("a row's context reaches beyond its blocks")
-        if blocks.min() < 1 or blocks.max() >= self._num_blocks:
-            raise Internal(f"a block id outside 1 … {self._num_blocks - 1}")
-        rows, columns = _places_in_runs(counts)
-        self._block_tables[rows, columns] = blocks
+        if blocks.min() < 1 or blocks.max() >= self._num_blocks[group]:
+            raise Internal(f"a block id outside 1 … {self._num_blocks[group] - 1}")
+        rows, offsets = _places_in_runs(ends - firsts)
+        self._block_tables[group, rows, firsts[rows] + offsets] = blocks
 
-    def _fill_places(self, lengths: Ints, computed: Ints, ends: Ints) -> None:
-        """Positions and slots of all tokens."""
-        num_tokens, block_size = int(ends[-1]), self._limits.block_size
-        rows, offsets = _places_in_runs(lengths)  # (num_tokens,)
-        positions = computed[rows] + offsets
-        blocks = self._block_tables[rows, positions // block_size].astype(np.int64)
-        self._positions[:num_tokens] = positions
-        self._slots[:num_tokens] = blocks * block_size + positions % block_size
+    def _fill_slots(self, group: int, rows: Ints, positions: Ints) -> None:
+        """Where each token's K and V go."""
+        block_size = self._limits.block_size
+        blocks = self._block_tables[group, rows, positions // block_size].astype(np.int64)
+        self._slots[group, : len(positions)] = blocks * block_size + positions % block_size
 
     def _fill_logit_tokens(self, step: Step, ends: Ints, every_logit: bool) -> int:
         wanted: Ints = ends - 1

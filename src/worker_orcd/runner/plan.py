@@ -5,6 +5,7 @@ What model, workspace and KV cache will take of a device's memory, decided befor
 * The KV cache is `kv_cache_size_mb` where that is set. Otherwise it is what can be used, not what there is:
   2048 tokens (or the context, if shorter) for each of `max_num_seqs` sequences, or one sequence of full
   length if that is more, as far as memory allows. A laptop's memory is not taken for a cache nobody fills.
+  Layers with a sliding window get what their window can use: `cache_plan` says how much.
 * One sequence of `max_model_len` tokens always fits, beside the null block. Where the length was not asked
   for it shrinks to what fits, and a note says so; where it was, too little memory is an error.
 * A file may claim any context: blocks are at most `MAX_BLOCKS`, whatever memory there is.
@@ -21,11 +22,10 @@ from worker_orcd.gguf.metadata import quoted
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Limits
 from worker_orcd.model.config import ModelConfig, MoeConfig
+from worker_orcd.runner.cache_plan import MAX_BLOCKS, CacheSizing, GroupPlan
 
 TOKENS_PER_SEQUENCE = 2048  # of KV cache, for each sequence that may run at a time
 MIN_MODEL_LEN = 256  # a context that memory cuts shorter than this serves nobody
-# The scheduler keeps 150 bytes for each, and slots are int32. 16 million tokens at 16 a block.
-MAX_BLOCKS = 1 << 20
 
 _MIB = 1 << 20
 
@@ -47,38 +47,43 @@ class MemoryPlan:
     usable_bytes: int  # the part of it that the worker may take
     weights_bytes: int
     workspace_bytes: int
-    kv_block_bytes: int  # of one block, over all layers
     block_size: int  # tokens in a block
-    num_blocks: int  # the null block included
+    kv_groups: tuple[GroupPlan, ...]  # in the order of the model's `cache_groups`
     max_model_len: int  # tokens of the longest sequence
     notes: tuple[str, ...] = ()
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self.num_blocks * self.kv_block_bytes
+        return sum(group.num_bytes for group in self.kv_groups)
 
     @property
     def kv_cache_tokens(self) -> int:
-        """How many tokens the cache holds; the null block holds none."""
-        return (self.num_blocks - 1) * self.block_size
+        """How many tokens the first group holds; the null block holds none."""
+        return (self.kv_groups[0].num_blocks - 1) * self.block_size
 
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.workspace_bytes + self.kv_cache_bytes
 
     def limits(self, engine: EngineConfig) -> Limits:
-        return _limits(engine, self.max_model_len)
+        return _limits(engine, self.max_model_len, len(self.kv_groups))
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table; the last row is the available memory."""
-        tokens = f"{self.kv_cache_tokens} tokens in {self.num_blocks} blocks"
+        cache = [(_name(group), group.num_bytes, self._remark(group)) for group in self.kv_groups]
         return [
             ("weights", self.weights_bytes, "as in the file"),
             ("workspace", self.workspace_bytes, "activations, logits, block tables"),
-            ("KV cache", self.kv_cache_bytes, f"{tokens}, at most {self.max_model_len} each"),
+            *cache,
             ("total", self.total_bytes, f"of {mib(self.usable_bytes)} that may be used"),
             ("available", self.available_bytes, f"on {self.device}, before loading"),
         ]
+
+    def _remark(self, group: GroupPlan) -> str:
+        tokens = f"{(group.num_blocks - 1) * self.block_size} tokens in {group.num_blocks} blocks"
+        if group.window is None:
+            return f"{tokens}, at most {self.max_model_len} each"
+        return f"{tokens}, of each sequence the last {group.window}"
 
 
 def make_plan(
@@ -96,44 +101,40 @@ def make_plan(
     """
     wanted_len = _wanted_model_len(config, engine)
     shortest_len = min(wanted_len, MIN_MODEL_LEN) if engine.max_model_len is None else wanted_len
-    block_bytes = sum(
-        sizes.cache_block_bytes(engine.block_size, layer.attention.num_kv_heads, layer.attention.head_dim)
-        for layer in config.layers
-    )
-    limits = _limits(engine, wanted_len)
+    cache = _cache_sizing(config, sizes, engine, wanted_len)
+    limits = _limits(engine, wanted_len, len(cache.windows))
     workspace_bytes = sizes.workspace_bytes(limits, _widest(config), config.vocab_size) + _table_bytes(limits)
     usable_bytes = int(available_bytes * device.memory_fraction)
-    num_fitting = (usable_bytes - weights_bytes - workspace_bytes) // block_bytes  # may be negative
-    num_least = 1 + _num_blocks(shortest_len, engine)
+    num_fitting = cache.fitting(usable_bytes - weights_bytes - workspace_bytes)
+    num_least = cache.least(shortest_len)
     if device.kv_cache_size_mb is None:
-        num_blocks = min(_wanted_blocks(wanted_len, engine), num_fitting)
+        num_blocks = min(_wanted_blocks(cache), num_fitting)
     else:
-        num_blocks = min(device.kv_cache_size_mb * _MIB // block_bytes, MAX_BLOCKS)
+        num_blocks = cache.fitting(device.kv_cache_size_mb * _MIB)
         if num_blocks < num_least:
             raise InsufficientMemory(
                 f"kv_cache_size_mb is {device.kv_cache_size_mb}: a KV cache of that many MiB cannot hold a "
                 f"sequence of {shortest_len} tokens of {quoted(config.name)} on {sizes.name}; it takes "
-                f"{-(-num_least * block_bytes // _MIB)}"
+                f"{-(-cache.num_bytes(num_least) // _MIB)}"
             )
         num_least = num_blocks
     if num_fitting < num_least:
-        required = weights_bytes + workspace_bytes + num_least * block_bytes
+        required = weights_bytes + workspace_bytes + cache.num_bytes(num_least)
         raise InsufficientMemory(
             f"{quoted(config.name)} requires {mib(required)} ({mib(weights_bytes)} of weights, "
-            f"{mib(workspace_bytes)} of workspace, {mib(num_least * block_bytes)} of KV cache), but of "
+            f"{mib(workspace_bytes)} of workspace, {mib(cache.num_bytes(num_least))} of KV cache), but of "
             f"{mib(available_bytes)} available on {sizes.name} it may use {mib(usable_bytes)} "
             f"(memory fraction {device.memory_fraction:g})"
         )
-    max_model_len = min(wanted_len, (num_blocks - 1) * engine.block_size)
+    max_model_len = cache.longest(num_blocks)
     return MemoryPlan(
         device=sizes.name,
         available_bytes=available_bytes,
         usable_bytes=usable_bytes,
         weights_bytes=weights_bytes,
         workspace_bytes=workspace_bytes,
-        kv_block_bytes=block_bytes,
         block_size=engine.block_size,
-        num_blocks=num_blocks,
+        kv_groups=cache.groups(num_blocks),
         max_model_len=max_model_len,
         notes=_notes(config, engine, max_model_len),
     )
@@ -159,27 +160,52 @@ def _wanted_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     return engine.max_model_len
 
 
+def _cache_sizing(
+    config: ModelConfig, sizes: BackendSizes, engine: EngineConfig, model_len: int
+) -> CacheSizing:
+    block_bytes = dict.fromkeys(config.cache_groups, 0)
+    for layer in config.layers:
+        attention = layer.attention
+        block_bytes[attention.window] += sizes.cache_block_bytes(
+            engine.block_size, attention.num_kv_heads, attention.head_dim
+        )
+    return CacheSizing(
+        windows=tuple(block_bytes),
+        block_bytes=tuple(block_bytes.values()),
+        engine=engine,
+        model_len=model_len,
+    )
+
+
 def _num_blocks(num_tokens: int, engine: EngineConfig) -> int:
     return -(-num_tokens // engine.block_size)
 
 
-def _wanted_blocks(model_len: int, engine: EngineConfig) -> int:
+def _wanted_blocks(cache: CacheSizing) -> int:
+    """Of the first group."""
+    engine, model_len = cache.engine, cache.model_len
     each = _num_blocks(min(model_len, TOKENS_PER_SEQUENCE), engine)
-    return min(1 + max(engine.max_num_seqs * each, _num_blocks(model_len, engine)), MAX_BLOCKS)
+    wanted = 1 + max(engine.max_num_seqs * each, _num_blocks(model_len, engine))
+    return cache.useful(cache.windows[0], min(wanted, MAX_BLOCKS))
 
 
-def _limits(engine: EngineConfig, model_len: int) -> Limits:
+def _limits(engine: EngineConfig, model_len: int, num_groups: int) -> Limits:
     return Limits(
         max_tokens=engine.max_num_batched_tokens,
         max_rows=engine.max_num_seqs,
         max_blocks_per_row=_num_blocks(model_len, engine),
         block_size=engine.block_size,
+        num_groups=num_groups,
     )
 
 
 def _table_bytes(limits: Limits) -> int:
     """The block tables of a step's inputs: int32, as wide for every row as for the longest."""
-    return 4 * limits.max_rows * limits.max_blocks_per_row
+    return 4 * limits.num_groups * limits.max_rows * limits.max_blocks_per_row
+
+
+def _name(group: GroupPlan) -> str:
+    return "KV cache" if group.window is None else f"KV cache, window {group.window}"
 
 
 def _widest(config: ModelConfig) -> int:

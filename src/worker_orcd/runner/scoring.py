@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.errors import ContextLengthExceeded
+from worker_orcd.runner.cache_plan import GroupPlan
 from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 
@@ -30,12 +31,25 @@ def score_chunks(
     longest = min(limits.max_blocks_per_row * limits.block_size, runner.plan.max_model_len)
     if len(token_ids) > longest:
         raise ContextLengthExceeded(f"{len(token_ids)} tokens; at most {longest} fit")
-    size = min(chunk or limits.max_tokens, limits.max_tokens, limits.max_rows)
+    num_blocks = -(-len(token_ids) // limits.block_size)
+    fitting = min(_largest_step(group, num_blocks, limits.block_size) for group in runner.plan.kv_groups)
+    size = min(chunk or limits.max_tokens, limits.max_tokens, limits.max_rows, fitting)
     sequence = Sequence(
         id=0, token_ids=list(token_ids), max_tokens=0, stop_token_ids=frozenset(), sampling=SamplingParams()
     )
-    sequence.block_ids = list(range(1, 1 + -(-len(token_ids) // limits.block_size)))
+    # A windowed group may have fewer blocks than the text: they are used in turn.
+    sequence.block_tables = [
+        [1 + index % (group.num_blocks - 1) for index in range(num_blocks)] for group in runner.plan.kv_groups
+    ]
     while sequence.num_uncomputed_tokens:
         row = Row(sequence, min(size, sequence.num_uncomputed_tokens))
         yield runner.logits(Step((row,)))
         sequence.num_computed_tokens += row.num_tokens
+
+
+def _largest_step(group: GroupPlan, num_blocks: int, block_size: int) -> int:
+    """How many tokens a step may compute so that what the first of them sees is not overwritten."""
+    usable = group.num_blocks - 1
+    if group.window is None or num_blocks <= usable:
+        return num_blocks * block_size
+    return (usable - 1) * block_size - group.window + 2

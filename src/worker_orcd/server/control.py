@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -96,6 +97,7 @@ _UNKNOWN: dict[str, Any] = dict.fromkeys(
         "kv_blocks_total",
         "kv_blocks_free",
         "kv_block_size",
+        "kv_groups",
         "tokenizer_kind",
         "vocab_size",
         "context_length",
@@ -116,7 +118,7 @@ def _model_facts(context: Context) -> dict[str, Any]:
     if serving is None:
         return _UNKNOWN
     facts, template = serving.facts, serving.chat_template
-    total, free = context.metrics.kv_blocks()
+    groups = context.metrics.kv_groups()
     return {
         "model": serving.model_id,
         "architecture": facts.architecture,
@@ -124,9 +126,10 @@ def _model_facts(context: Context) -> dict[str, Any]:
         "resident": facts.resident,
         "vram_bytes_used": facts.memory_bytes_used,
         "vram_bytes_total": facts.memory_bytes_total,
-        "kv_blocks_total": total,
-        "kv_blocks_free": free,
+        "kv_blocks_total": sum(group.total for group in groups),
+        "kv_blocks_free": sum(group.free for group in groups),
         "kv_block_size": facts.kv_block_size,
+        "kv_groups": [asdict(group) for group in groups],
         "tokenizer_kind": facts.tokenizer_kind,
         "vocab_size": facts.vocab_size,
         "context_length": facts.context_length,

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from worker_orcd.engine.messages import StepStats
+from worker_orcd.engine.messages import GroupBlocks, StepStats
 from worker_orcd.server.status import Status
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
 
@@ -158,18 +158,35 @@ class Metrics(Collector):
         running, waiting = self.running_and_waiting()
         yield GaugeMetricFamily("worker_requests_running", "Sequences being computed", running)
         yield GaugeMetricFamily("worker_requests_waiting", "Sequences waiting for their first step", waiting)
-        total, free = self.kv_blocks()
-        yield GaugeMetricFamily("worker_kv_blocks_total", "Blocks of the KV cache", total)
-        yield GaugeMetricFamily("worker_kv_blocks_free", "Blocks that no sequence holds", free)
-        yield GaugeMetricFamily(
-            "worker_kv_usage_ratio", "Share of KV blocks held", 1 - free / total if total else 0
-        )
+        yield from self._kv_gauges()
         asked, hit = self._prefix_query_tokens, self._prefix_hit_tokens
         yield _counter("worker_prefix_cache_query_tokens", "Prompt tokens looked up", asked)
         yield _counter("worker_prefix_cache_hit_tokens", "Prompt tokens found", hit)
         yield GaugeMetricFamily(
             "worker_prefix_cache_hit_ratio", "Found of looked up", hit / asked if asked else 0
         )
+
+    def _kv_gauges(self) -> Iterator[Metric]:
+        groups = self.kv_groups()
+        total, free = sum(group.total for group in groups), sum(group.free for group in groups)
+        yield GaugeMetricFamily("worker_kv_blocks_total", "Blocks of the KV cache", total)
+        yield GaugeMetricFamily("worker_kv_blocks_free", "Blocks that no sequence holds", free)
+        used = max((1 - group.free / group.total for group in groups), default=0)
+        yield GaugeMetricFamily(
+            "worker_kv_usage_ratio", "Share of KV blocks held, in the group with the largest", used
+        )
+        totals = GaugeMetricFamily(
+            "worker_kv_group_blocks_total", "Of the layers with one sliding window", labels=["window"]
+        )
+        frees = GaugeMetricFamily(
+            "worker_kv_group_blocks_free", "Of those, that no sequence holds", labels=["window"]
+        )
+        for group in groups:
+            window = "none" if group.window is None else str(group.window)
+            totals.add_metric([window], group.total)
+            frees.add_metric([window], group.free)
+        yield totals
+        yield frees
 
     def running_and_waiting(self) -> tuple[int, int]:
         """Admitted sequences, split as the engine's last step left them; (0, 0) when nothing is admitted."""
@@ -179,12 +196,9 @@ class Metrics(Collector):
         running = min(serving.client.num_admitted, serving.snapshot().num_running)
         return running, serving.client.num_admitted - running
 
-    def kv_blocks(self) -> tuple[int, int]:
-        """(total, free) blocks of the KV cache; (0, 0) before the model is loaded."""
-        if self._status.serving is None:
-            return 0, 0
-        snapshot = self._status.serving.snapshot()
-        return snapshot.kv_blocks_total, snapshot.kv_blocks_free
+    def kv_groups(self) -> tuple[GroupBlocks, ...]:
+        """The blocks of the KV cache by cache group; none before the model is loaded."""
+        return () if self._status.serving is None else self._status.serving.snapshot().kv_groups
 
 
 def _counter(name: str, text: str, value: float) -> CounterMetricFamily:

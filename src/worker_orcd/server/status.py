@@ -51,7 +51,6 @@ class ModelFacts:
     device: str  # for people: "cpu, 2 threads, int8 activations"
     memory_bytes_used: int  # by weights, KV cache and workspaces
     memory_bytes_total: int  # of the device
-    kv_blocks_total: int
     kv_block_size: int  # tokens
     trained_context_length: int | None = None
     model_sha256: str | None = None  # of the file, when it was computed

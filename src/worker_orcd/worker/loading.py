@@ -11,6 +11,7 @@ from pathlib import Path
 
 from worker_orcd import hub
 from worker_orcd.config import DeviceConfig, EngineConfig, ServerConfig, WorkerConfig
+from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.engine.engine import Engine, Publish, ignore_failure
 from worker_orcd.engine.messages import StepObserver
@@ -171,12 +172,17 @@ def start_engine(
 
     `publish` gets each step's outputs, on the engine's thread.
     """
-    scheduler = Scheduler(loaded.engine_config, BlockPool(loaded.plan.num_blocks))
+    scheduler = Scheduler(loaded.engine_config, cache_groups(loaded.plan))
     engine = Engine(
         scheduler, loaded.runner, publish, observer=observer, narration=narration, on_failure=on_failure
     )
     engine.start()
     return engine
+
+
+def cache_groups(plan: MemoryPlan) -> list[CacheGroup]:
+    """The blocks of a plan, all free."""
+    return [CacheGroup(BlockPool(group.num_blocks), group.window) for group in plan.kv_groups]
 
 
 class _Clock:

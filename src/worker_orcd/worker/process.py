@@ -284,8 +284,10 @@ class Worker:
             bytes=None if pretty else {what: num_bytes for what, num_bytes, _remark in plan.rows()},
             max_model_len=None if pretty else plan.max_model_len,
         )
+        width = max(len(what) for what, _bytes, _remark in plan.rows())
         self._narration.show(
-            f"  {what:<12}{num_bytes / _MIB:>12,.1f} MiB  {remark}" for what, num_bytes, remark in plan.rows()
+            f"  {what:<{width}}{num_bytes / _MIB:>14,.1f} MiB  {remark}"
+            for what, num_bytes, remark in plan.rows()
         )
 
     def _tell_loaded(self, loaded: LoadedModel) -> None:
@@ -419,7 +421,6 @@ def _facts(loaded: LoadedModel) -> ModelFacts:
         device=f"{loaded.backend.name}, {loaded.backend.description}",
         memory_bytes_used=plan.total_bytes,
         memory_bytes_total=psutil.virtual_memory().total,
-        kv_blocks_total=plan.num_blocks - 1,
         kv_block_size=plan.block_size,
         model_sha256=loaded.sha256,
     )

@@ -19,10 +19,10 @@ def allocate_cpu_inputs(limits: Limits) -> BatchInputs:
     return BatchInputs(
         token_ids=zeros(limits.max_tokens),
         positions=zeros(limits.max_tokens),
-        slots=zeros(limits.max_tokens),
+        slots=zeros(limits.num_groups, limits.max_tokens),
         query_start=zeros(limits.max_rows + 1),
         context_lens=zeros(limits.max_rows),
-        block_tables=zeros(limits.max_rows, limits.max_blocks_per_row),
+        block_tables=zeros(limits.num_groups, limits.max_rows, limits.max_blocks_per_row),
         logit_tokens=zeros(limits.max_rows),
     )
 
@@ -33,10 +33,10 @@ def valid_inputs(inputs: BatchInputs, counts: Counts) -> BatchInputs:
     return BatchInputs(
         token_ids=inputs.token_ids[:tokens],
         positions=inputs.positions[:tokens],
-        slots=inputs.slots[:tokens],
+        slots=inputs.slots[:, :tokens],
         query_start=inputs.query_start[: rows + 1],
         context_lens=inputs.context_lens[:rows],
-        block_tables=inputs.block_tables[:rows],
+        block_tables=inputs.block_tables[:, :rows],
         logit_tokens=inputs.logit_tokens[: counts.num_logits],
     )
 

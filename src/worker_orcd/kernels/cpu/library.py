@@ -62,7 +62,8 @@ class Batch(ctypes.Structure):
                 "logit_tokens",
             )
         ),
-        *((name, c_int64) for name in ("block_table_stride", "num_tokens", "num_rows", "num_logits")),
+        *((name, c_int64) for name in ("slots_stride", "block_group_stride", "block_table_stride")),
+        *((name, c_int64) for name in ("num_tokens", "num_rows", "num_logits")),
     ]
 
 
@@ -93,7 +94,7 @@ class Op(ctypes.Structure):
         ("block_size", c_int32),
         ("cache", c_void_p),
         ("cache_dtype", c_int32),
-        ("pad_", c_int32),
+        ("group", c_int32),
         ("num_experts", c_int32),
         ("top_k", c_int32),
     ]

@@ -251,7 +251,7 @@ class NativeBackend:
         blocks: NativeCache = cache.tensor
         for value in (k, v):
             _check_width(value, blocks.num_kv_heads * blocks.head_dim, "store_kv")
-        self._record(Kind.STORE_KV, None, k, v, owners=(blocks,), **self._cache_fields(blocks))
+        self._record(Kind.STORE_KV, None, k, v, owners=(blocks,), **self._cache_fields(cache))
 
     def attention(
         self,
@@ -282,12 +282,14 @@ class NativeBackend:
             vector=None if sinks is None else sinks.ctypes.data,
             width=0 if params.window is None else params.window,
             f0=params.scale,
-            **self._cache_fields(blocks),
+            **self._cache_fields(cache),
         )
         return out
 
-    def _cache_fields(self, blocks: NativeCache) -> dict[str, Any]:
+    def _cache_fields(self, cache: LayerCache) -> dict[str, Any]:
+        blocks: NativeCache = cache.tensor
         return {
+            "group": cache.group,
             "num_kv_heads": blocks.num_kv_heads,
             "head_dim": blocks.head_dim,
             "block_size": blocks.block_size,
@@ -401,6 +403,8 @@ class NativeBackend:
             result: Value = forward(BatchInputs(*(InputName(entry.name) for entry in fields(BatchInputs))))
         finally:
             self._program, self._angles = None, {}
+        if (group := max((op.fields.get("group", 0) for op in program.operations), default=0)) >= limits.num_groups:
+            raise Internal(f"a layer of cache group {group}; the step has {limits.num_groups}")
         return NativeStep(self._library, link(program, result, limits), inputs, limits)
 
     def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
@@ -419,7 +423,12 @@ class NativeStep:
     def __init__(self, library: Library, linked: Linked, inputs: BatchInputs, limits: Limits) -> None:
         self._library, self._linked, self._inputs, self._limits = library, linked, inputs, limits
         pointers = {entry.name: getattr(inputs, entry.name).data_ptr() for entry in fields(BatchInputs)}
-        self._batch = Batch(**pointers, block_table_stride=inputs.block_tables.stride(0))
+        self._batch = Batch(
+            **pointers,
+            slots_stride=inputs.slots.stride(0),
+            block_group_stride=inputs.block_tables.stride(0),
+            block_table_stride=inputs.block_tables.stride(1),
+        )
         self._num_ops = len(linked.ops)
         self._result = torch.as_tensor(linked.result)
         self._result_rows = linked.result_rows

@@ -180,7 +180,7 @@ class ReferenceBackend:
         return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=2).reshape(x.shape)
 
     def store_kv(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, inputs: BatchInputs) -> None:
-        slots = inputs.slots.long()
+        slots = inputs.slots[cache.group].long()
         keys_values = cache.tensor.flatten(1, 2)  # (2, slots, num_kv_heads, head_dim), a view
         shape = (k.shape[0], *keys_values.shape[2:])  # (tokens, num_kv_heads, head_dim)
         keys_values[0].index_copy_(0, slots, k.reshape(shape).to(keys_values.dtype))
@@ -199,13 +199,13 @@ class ReferenceBackend:
         keys_values = cache.tensor.flatten(1, 2)  # (2, slots, num_kv_heads, head_dim), a view
         starts: list[int] = inputs.query_start.tolist()
         for row in range(len(starts) - 1):
-            context = torch.arange(int(inputs.context_lens[row]))
-            blocks = inputs.block_tables[row].long()
-            slots = blocks[context // block_size] * block_size + context % block_size  # (context_len,)
+            blocks = inputs.block_tables[cache.group, row].long()
             for token in range(starts[row], starts[row + 1]):
                 last = int(inputs.positions[token])
                 first = 0 if params.window is None else max(0, last - params.window + 1)
-                out[token] = _attend(q[token], keys_values[:, slots[first : last + 1]], params, sinks)
+                seen = torch.arange(first, last + 1)
+                slots = blocks[seen // block_size] * block_size + seen % block_size
+                out[token] = _attend(q[token], keys_values[:, slots], params, sinks)
         return out
 
     def glu(self, kind: Glu, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,8 @@ static void run_attention(const orcd_task *task, int64_t chunk, int thread) {
   char *scratch = orcd_thread_scratch(thread, (size_t)scratch_bytes(op, task->p0)); /* the planner grew it */
   attention_work work = {
       .op = op,
-      .blocks = task->batch->block_tables + it.row * task->batch->block_table_stride,
+      .blocks = task->batch->block_tables + op->group * task->batch->block_group_stride +
+                it.row * task->batch->block_table_stride,
       .kv_head = chunk % op->num_kv_heads,
   };
   fill_queries(task, &it, &work, scratch);
@@ -230,9 +231,8 @@ int orcd_plan_attention(const orcd_op *op, const orcd_batch *batch, orcd_task *t
 static void run_store(const orcd_task *task, int64_t chunk, int thread) {
   (void)thread;
   const int64_t last = smaller((chunk + 1) * STORE_TOKENS, task->batch->num_tokens);
-  for (int64_t t = chunk * STORE_TOKENS; t < last; t++) {
-    ORCD_PICK(store_token)(task->op, t, task->batch->slots[t]);
-  }
+  const int32_t *slots = task->batch->slots + task->op->group * task->batch->slots_stride;
+  for (int64_t t = chunk * STORE_TOKENS; t < last; t++) ORCD_PICK(store_token)(task->op, t, slots[t]);
 }
 
 int orcd_plan_store_kv(const orcd_op *op, const orcd_batch *batch, orcd_task *tasks) {

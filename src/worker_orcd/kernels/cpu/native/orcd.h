@@ -20,12 +20,12 @@
 typedef struct {
   const int32_t *token_ids;    /* [num_tokens] */
   const int32_t *positions;    /* [num_tokens] */
-  const int32_t *slots;        /* [num_tokens] */
+  const int32_t *slots;        /* [num_groups][slots_stride], num_tokens of them */
   const int32_t *query_start;  /* [num_rows + 1] */
   const int32_t *context_lens; /* [num_rows] */
-  const int32_t *block_tables; /* [num_rows][block_table_stride] */
+  const int32_t *block_tables; /* [num_groups][block_group_stride], in that [num_rows][block_table_stride] */
   const int32_t *logit_tokens; /* [num_logits] */
-  int64_t block_table_stride;
+  int64_t slots_stride, block_group_stride, block_table_stride; /* in elements */
   int64_t num_tokens, num_rows, num_logits;
 } orcd_batch;
 
@@ -74,7 +74,7 @@ typedef struct {
   int32_t num_heads, num_kv_heads, head_dim, block_size; /* rope (num_heads, head_dim), store_kv, attention */
   void *cache;               /* store_kv, attention: the layer's blocks */
   int32_t cache_dtype;       /* 0 float32, 1 float16 */
-  int32_t pad_;
+  int32_t group;             /* store_kv, attention: which slots and block tables the layer goes by */
   int32_t num_experts, top_k; /* expert_linear; top_k: also route, combine */
 } orcd_op;
 
