@@ -25,7 +25,7 @@ class Result:
 
 @dataclass
 class Drive:
-    """The same blocks for any number of rounds of `run`: later rounds may hit the prefixes of earlier ones."""
+    """The same blocks for any number of rounds of `run`: later ones may hit the prefixes of earlier ones."""
 
     runner: Runner
     config: EngineConfig

@@ -77,15 +77,15 @@ MUTANTS = [
     in_tables("found blocks are not taken", "            group.pool.take(found)\n", ""),
     in_tables("blocks are released twice", "        sequence.block_tables = []\n", ""),
     in_tables("the null block is released", " if block_id != NULL_BLOCK])", "])"),
-    in_tables(
-        "one block too many is released", "group.window + 1) //", "group.window + self._block_size) //"
-    ),
-    in_tables("a block is released one token early", "group.window + 1) //", "group.window + 2) //"),
-    in_tables("a block is released one token late", "group.window + 1) //", "group.window) //"),
-    in_tables("nothing is released behind the window", "if group.window is None:", "if True:"),
+    in_tables("one block too many is released", "window + 1) //", "window + self._block_size) //"),
+    in_tables("a block is released one token early", "window + 1) //", "window + 2) //"),
+    in_tables("a block is released one token late", "window + 1) //", "window) //"),
+    in_tables("nothing is released behind the window", "if first < end:", "if False:"),
     in_tables("what lies far behind is not released", "while first > 0 and table", "if first > 0 and table"),
     in_tables(
-        "a released block stays in the table", "            table[first:end] = [NULL", "            [NULL"
+        "a released block stays in the table",
+        "                table[first:end] = [NULL",
+        "                [NULL",
     ),
     in_tables(
         "a prefix does without its window's first block",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -49,12 +49,14 @@ class Context:
 class Attention:
     """A forward pass of nothing but store_kv and attention over one cache."""
 
-    def __init__(self, backend, context, *, max_tokens=256, max_rows=32, garbage=None):
+    def __init__(self, backend, context, *, max_tokens=256, max_rows=32, garbage=None, groups=(0, 1)):
         self.context = context
         c = context
-        self.limits = Limits(max_tokens, max_rows, c.num_blocks, c.block_size)
+        self.group, num_groups = groups
+        self.limits = Limits(max_tokens, max_rows, c.num_blocks, c.block_size, num_groups)
         table = backend.embedding(c.table())
-        self.cache = backend.allocate_cache(c.num_blocks, c.block_size, c.kv_heads, c.head_dim)
+        cache = backend.allocate_cache(c.num_blocks, c.block_size, c.kv_heads, c.head_dim)
+        self.cache = replace(cache, group=self.group)
         if garbage is not None:
             self.cache.tensor.data[:] = garbage
         params = AttentionParams(
@@ -84,11 +86,13 @@ class Attention:
             inputs.token_ids[where] = torch.tensor(positions)
             inputs.positions[where] = torch.tensor(positions)
             size = self.context.block_size
-            inputs.slots[0, where] = torch.tensor(blocks[positions // size] * size + positions % size)
+            inputs.slots[self.group, where] = torch.tensor(
+                blocks[positions // size] * size + positions % size
+            )
             token += count
             inputs.query_start[index + 1] = token
             inputs.context_lens[index] = start + count
-            inputs.block_tables[0, index, : len(blocks)] = torch.tensor(blocks)
+            inputs.block_tables[self.group, index, : len(blocks)] = torch.tensor(blocks)
         wanted = range(max(0, token - self.limits.max_rows), token) if wanted is None else wanted
         inputs.logit_tokens[: len(wanted)] = torch.tensor(list(wanted), dtype=torch.int32)
         return self.run(Counts(token, len(rows), len(wanted))).numpy().copy()
@@ -239,6 +243,17 @@ def test_a_window_forgets_what_is_behind_it(make_native):
     freed[: (1300 - 40 - BLOCK) // BLOCK] = 0
     attention.cache.tensor.data[: attention.cache.tensor.data.size // context.num_blocks] = 0xFF  # block 0
     np.testing.assert_array_equal(attention.step([(1299, 1, freed)]), want)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_layer_goes_by_the_blocks_of_its_group(group, make_native):
+    context = Context(3, 1, 32, 300, window=40)
+    for backend in (make_native(2), ReferenceBackend()):
+        want = Attention(backend, context).last(20, 64, context.blocks())
+        other = Attention(backend, context, groups=(group, 3))
+        np.testing.assert_array_equal(other.last(20, 64, context.blocks(seed=1)), want)
+    with pytest.raises(Internal, match=f"a layer of cache group {group}; a step has 1 of them"):
+        Attention(make_native(), context, groups=(group, 1))
 
 
 def test_float16_is_rounded_to_nearest_even_on_every_isa(make_native, isas, library):

@@ -5,47 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker_orcd.errors import Internal
 from worker_orcd.kernels.backend import BatchInputs, Limits
+from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs
 from worker_orcd.runner.batch import Batch
+from worker_orcd.runner.cache_plan import GroupPlan
 from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 
-LIMITS = Limits(max_tokens=32, max_rows=6, max_blocks_per_row=5, block_size=4)
 VOCAB = 100
-NUM_BLOCKS = 40
+FULL = GroupPlan(window=None, num_blocks=40, block_bytes=1)
+WINDOWED = GroupPlan(window=6, num_blocks=30, block_bytes=1)  # five tokens behind the one that looks
 
 
-def inputs_of(limits: Limits) -> BatchInputs:
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32)
-
-    return BatchInputs(
-        token_ids=zeros(limits.max_tokens),
-        positions=zeros(limits.max_tokens),
-        slots=zeros(limits.max_tokens),
-        query_start=zeros(limits.max_rows + 1),
-        context_lens=zeros(limits.max_rows),
-        block_tables=zeros(limits.max_rows, limits.max_blocks_per_row),
-        logit_tokens=zeros(limits.max_rows),
-    )
-
-
-def sequence(token_ids: list[int], computed: int, block_ids: list[int]) -> Sequence:
+def sequence(token_ids: list[int], computed: int, *block_tables: list[int]) -> Sequence:
     made = Sequence(
         id=1, token_ids=token_ids, max_tokens=9, stop_token_ids=frozenset(), sampling=SamplingParams()
     )
     made.num_computed_tokens = computed
-    made.block_ids = block_ids
+    made.block_tables = list(block_tables)
     return made
 
 
-def batch_and_inputs() -> tuple[Batch, BatchInputs]:
-    inputs = inputs_of(LIMITS)
-    return Batch(inputs, LIMITS, num_blocks=NUM_BLOCKS, vocab_size=VOCAB), inputs
+def batch_and_inputs(*groups: GroupPlan) -> tuple[Batch, BatchInputs]:
+    groups = groups or (FULL,)
+    limits = Limits(32, max_rows=6, max_blocks_per_row=5, block_size=4, num_groups=len(groups))
+    inputs = allocate_cpu_inputs(limits)
+    return Batch(inputs, limits, groups, vocab_size=VOCAB), inputs
 
 
 def test_a_prompt_a_chunk_and_a_decode():
@@ -57,11 +45,11 @@ def test_a_prompt_a_chunk_and_a_decode():
     assert (counts.num_tokens, counts.num_rows, counts.num_logits) == (12, 3, 2)
     assert inputs.token_ids[:12].tolist() == [10, 11, 12, 13, 14, 23, 24, 25, 26, 27, 28, 43]
     assert inputs.positions[:12].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8, 3]
-    assert inputs.slots[:12].tolist() == [28, 29, 30, 31, 12, 39, 4, 5, 6, 7, 20, 123]
+    assert inputs.slots[0, :12].tolist() == [28, 29, 30, 31, 12, 39, 4, 5, 6, 7, 20, 123]
     assert inputs.query_start[:4].tolist() == [0, 5, 11, 12]
     assert inputs.context_lens[:3].tolist() == [5, 9, 4]
-    assert inputs.block_tables[0, :2].tolist() == [7, 3]
-    assert inputs.block_tables[1, :3].tolist() == [9, 1, 5]
+    assert inputs.block_tables[0, 0, :2].tolist() == [7, 3]
+    assert inputs.block_tables[0, 1, :3].tolist() == [9, 1, 5]
     assert inputs.logit_tokens[:2].tolist() == [4, 11]
 
 
@@ -73,19 +61,34 @@ def test_a_step_that_samples_nothing_and_one_that_wants_everything():
     assert inputs.logit_tokens[:3].tolist() == [0, 1, 2]
 
 
+def test_a_window_s_blocks_are_its_own_and_what_is_behind_it_is_not_read():
+    batch, inputs = batch_and_inputs(FULL, WINDOWED)
+    inputs.block_tables.fill_(-7)
+    chunk = Row(sequence([9] * 17, 10, [1, 2, 3, 4, 5], [0, 21, 22, 23, 24]), 5)  # the first sees 5 … 10
+    decode = Row(sequence([9] * 17, 16, [6, 7, 8, 9, 10], [0, 0, 25, 26, 27]), 1)  # sees 11 … 16
+    counts = batch.fill(Step((chunk, decode)))
+    assert (counts.num_tokens, counts.num_logits) == (6, 1)
+    assert inputs.slots[0, :6].tolist() == [14, 15, 16, 17, 18, 40]
+    assert inputs.slots[1, :6].tolist() == [90, 91, 92, 93, 94, 108]
+    assert inputs.block_tables[0, :2].tolist() == [[1, 2, 3, 4, -7], [6, 7, 8, 9, 10]]
+    assert inputs.block_tables[1, :2].tolist() == [[-7, 21, 22, 23, -7], [-7, -7, 25, 26, 27]]
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_every_token_is_where_its_sequence_says(data: st.DataObject):
-    batch, inputs = batch_and_inputs()
+    batch, inputs = batch_and_inputs(FULL, WINDOWED)
     rows: list[Row] = []
-    free = data.draw(st.permutations(range(1, NUM_BLOCKS)))
-    for _ in range(data.draw(st.integers(1, LIMITS.max_rows))):
+    free = [list(data.draw(st.permutations(range(1, group.num_blocks)))) for group in (FULL, WINDOWED)]
+    for _ in range(data.draw(st.integers(1, 5))):
         length = data.draw(st.integers(1, 20))
         computed = data.draw(st.integers(0, length - 1))
         num_tokens = data.draw(st.integers(1, min(length - computed, 5)))
         tokens = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=length, max_size=length))
-        rows.append(Row(sequence(tokens, computed, list(free[:5])), num_tokens))
-        free = free[5:]
+        tables = [[blocks.pop() for _ in range(5)] for blocks in free]
+        first = max(0, computed - 5) // 4
+        tables[1][:first] = [0] * first
+        rows.append(Row(sequence(tokens, computed, *tables), num_tokens))
     counts = batch.fill(Step(tuple(rows)))
     token = 0
     logits: list[int] = []
@@ -95,13 +98,34 @@ def test_every_token_is_where_its_sequence_says(data: st.DataObject):
         for position in range(first, first + row.num_tokens):
             assert inputs.token_ids[token] == row.sequence.token_ids[position]
             assert inputs.positions[token] == position
-            assert inputs.slots[token] == row.sequence.block_ids[position // 4] * 4 + position % 4
+            for group, table in enumerate(row.sequence.block_tables):
+                assert inputs.slots[group, token] == table[position // 4] * 4 + position % 4
+                for seen in range(0 if group == 0 else max(0, position - 5), position + 1):
+                    assert inputs.block_tables[group, index, seen // 4] == table[seen // 4] > 0
             token += 1
         assert inputs.context_lens[index] == first + row.num_tokens
         if row.samples:
             logits.append(token - 1)
     assert inputs.query_start[len(rows)] == counts.num_tokens == token
     assert inputs.logit_tokens[: counts.num_logits].tolist() == logits
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([[1, 2, 3]], "a block table for each of the 2 cache groups"),
+        ([], "a block table for each of the 2 cache groups"),
+        ([[1, 2, 3], [0, 0, 5]], "block id outside 1 … 29"),  # token 9 sees 4 … 9
+        ([[1, 2, 3], [0, 4]], "reaches beyond its blocks"),
+        ([[1, 2, 3], [0, 4, 30]], "block id outside 1 … 29"),
+        ([[0, 2, 3], [0, 4, 5]], "block id outside 1 … 39"),
+    ],
+)
+def test_block_tables_that_lack_what_a_row_sees_are_refused(tables: list[list[int]], message: str):
+    batch, _ = batch_and_inputs(FULL, WINDOWED)
+    batch.fill(Step((Row(sequence([1] * 10, 9, [1, 2, 3], [0, 4, 5]), 1),)))
+    with pytest.raises(Internal, match=message):
+        batch.fill(Step((Row(sequence([1] * 10, 9, *tables), 1),)))
 
 
 @pytest.mark.parametrize(
@@ -140,5 +164,5 @@ def test_what_an_earlier_step_left_does_not_show():
     batch.fill(Step(tuple(Row(sequence([9] * 5, 0, [index + 1, 39]), 5) for index in range(6))))
     batch.fill(Step((Row(sequence([1, 2], 1, [8]), 1),)))
     assert inputs.query_start[:2].tolist() == [0, 1]
-    assert (inputs.token_ids[0], inputs.positions[0], inputs.slots[0]) == (2, 1, 33)
-    assert inputs.block_tables[0, 0].item() == 8
+    assert (inputs.token_ids[0], inputs.positions[0], inputs.slots[0, 0]) == (2, 1, 33)
+    assert inputs.block_tables[0, 0, 0].item() == 8

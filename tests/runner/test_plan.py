@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
 from worker_orcd.kernels.backend import AttentionParams, Limits, RopeParams
 from worker_orcd.model.config import FfnConfig, LayerConfig, ModelConfig
-from worker_orcd.runner.plan import MAX_BLOCKS, MemoryPlan, make_plan
+from worker_orcd.runner.cache_plan import MAX_BLOCKS
+from worker_orcd.runner.plan import MemoryPlan, make_plan
 
 MIB = 1 << 20
 
@@ -34,12 +36,16 @@ class Sizes:
         return self.workspace
 
 
-def model(context_length: int = 8192) -> ModelConfig:
-    """SmolLM2-135M's shape: 23040 bytes of cache a token."""
-    attention = AttentionParams(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125)
-    layer = LayerConfig(
-        attention=attention, rope=RopeParams(rotary_dim=64, inv_freq=(1.0,) * 32), ffn=FfnConfig(dim=1536)
-    )
+def model(context_length: int = 8192, windows: Sequence[int | None] = (None,)) -> ModelConfig:
+    """SmolLM2-135M's shape: 768 bytes of cache a token in each of 30 layers, whose windows take turns."""
+    layers = [
+        LayerConfig(
+            attention=AttentionParams(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125, window=window),
+            rope=RopeParams(rotary_dim=64, inv_freq=(1.0,) * 32),
+            ffn=FfnConfig(dim=1536),
+        )
+        for window in windows
+    ]
     return ModelConfig(
         architecture="llama",
         name="smol",
@@ -48,40 +54,51 @@ def model(context_length: int = 8192) -> ModelConfig:
         context_length=context_length,
         norm_eps=1e-5,
         tied_embeddings=True,
-        layers=(layer,) * 30,
+        layers=tuple(layers) * (30 // len(layers)),
     )
 
 
-def plan(available: int, *, weights: int = 96 * MIB, context: int = 8192, **kwargs: Any) -> MemoryPlan:
+def plan(
+    available: int,
+    *,
+    weights: int = 96 * MIB,
+    context: int = 8192,
+    windows: Sequence[int | None] = (None,),
+    **kwargs: Any,
+) -> MemoryPlan:
     engine = {name: value for name, value in kwargs.items() if name in EngineConfig.__slots__}
     device = {name: value for name, value in kwargs.items() if name in DeviceConfig.__slots__}
     assert len(engine) + len(device) == len(kwargs)
     return make_plan(
-        model(context), weights, Sizes(), EngineConfig(**engine), DeviceConfig(**device), available
+        model(context, windows), weights, Sizes(), EngineConfig(**engine), DeviceConfig(**device), available
     )
+
+
+def blocks(found: MemoryPlan) -> list[int]:
+    return [group.num_blocks for group in found.kv_groups]
 
 
 def test_a_large_machine_gets_what_can_be_used_and_no_more():
     found = plan(1 << 40)
-    assert found.num_blocks == 1 + 64 * 2048 // 16
+    assert blocks(found) == [1 + 64 * 2048 // 16]
     assert found.max_model_len == 8192
     assert found.kv_cache_tokens == 64 * 2048
-    assert found.kv_block_bytes == 16 * 23040
+    assert found.kv_groups[0].block_bytes == 16 * 23040
     assert found.notes == ()
-    assert plan(1 << 40, max_num_seqs=2).num_blocks == 1 + 8192 // 16  # one full context is more
-    assert plan(1 << 40, max_model_len=100).num_blocks == 1 + 64 * 7  # 100 tokens are 7 blocks
+    assert blocks(plan(1 << 40, max_num_seqs=2)) == [1 + 8192 // 16]  # one full context is more
+    assert blocks(plan(1 << 40, max_model_len=100)) == [1 + 64 * 7]  # 100 tokens are 7 blocks
 
 
 def test_memory_limits_the_cache_before_the_length():
     found = plan(int(600 * MIB / 0.8))
     assert found.max_model_len == 8192
-    assert found.num_blocks == (600 - 97) * MIB // (16 * 23040)
+    assert blocks(found) == [(600 - 97) * MIB // (16 * 23040)]
     assert found.total_bytes <= found.usable_bytes == 600 * MIB
 
 
 def test_a_length_that_was_not_asked_for_shrinks_and_says_so():
     found = plan(int(150 * MIB / 0.8))
-    assert found.max_model_len == (found.num_blocks - 1) * 16 == 2384
+    assert found.max_model_len == (blocks(found)[0] - 1) * 16 == 2384
     assert found.notes == (
         "'smol' was trained for 8192 tokens; the KV cache holds 2384, so longer requests are refused",
     )
@@ -105,10 +122,10 @@ def test_too_little_memory_names_both_numbers():
 
 def test_settings_steer_it():
     assert plan(1 << 40, kv_cache_size_mb=200).kv_cache_bytes <= 200 * MIB
-    assert plan(1 << 40, kv_cache_size_mb=200).num_blocks == 200 * MIB // (16 * 23040)
+    assert blocks(plan(1 << 40, kv_cache_size_mb=200)) == [200 * MIB // (16 * 23040)]
     assert plan(1 << 40, kv_cache_size_mb=100).max_model_len == 283 * 16
     assert plan(1000 * MIB, memory_fraction=0.5).usable_bytes == 500 * MIB
-    assert plan(1 << 40, block_size=32).num_blocks == 1 + 64 * 64
+    assert blocks(plan(1 << 40, block_size=32)) == [1 + 64 * 64]
     with pytest.raises(InsufficientMemory, match=r"kv_cache_size_mb is 20: .* a sequence of 2000 tokens"):
         plan(1 << 40, kv_cache_size_mb=20, max_model_len=2000)
     with pytest.raises(InsufficientMemory, match=r"199.\d MiB of KV cache"):
@@ -120,10 +137,10 @@ def test_settings_steer_it():
 
 def test_a_context_that_a_file_only_claims_costs_nothing():
     found = plan(1 << 50, context=1 << 30)
-    assert found.num_blocks == MAX_BLOCKS and found.max_model_len == (MAX_BLOCKS - 1) * 16
+    assert blocks(found) == [MAX_BLOCKS] and found.max_model_len == (MAX_BLOCKS - 1) * 16
     assert found.notes[0].startswith("'smol' was trained for 1073741824 tokens; the KV cache holds 16777200")
-    assert plan(1 << 50, kv_cache_size_mb=1 << 24).num_blocks == MAX_BLOCKS
-    assert plan(1 << 50, max_num_seqs=4096, block_size=1).num_blocks == MAX_BLOCKS
+    assert blocks(plan(1 << 50, kv_cache_size_mb=1 << 24)) == [MAX_BLOCKS]
+    assert blocks(plan(1 << 50, max_num_seqs=4096, block_size=1)) == [MAX_BLOCKS]
     with pytest.raises(InvalidConfiguration, match="allows 1 to 16777200"):
         plan(1 << 50, context=1 << 30, max_model_len=1 << 30)
     assert MAX_BLOCKS * 256 < 1 << 31  # the largest block there is a setting for: slots are int32
@@ -150,7 +167,63 @@ def test_the_table():
     ]
     sizes = {what: num_bytes for what, num_bytes, _remark in rows}
     assert sizes["weights"] + sizes["workspace"] + sizes["KV cache"] == sizes["total"]
-    assert "131072 tokens" in rows[2][2]
+    assert rows[2][2] == "131072 tokens in 8193 blocks, at most 8192 each"
+    both = plan(1 << 40, windows=(None, 128)).rows()
+    assert [what for what, _bytes, _remark in both][2:4] == ["KV cache", "KV cache, window 128"]
+    assert sum(num_bytes for _what, num_bytes, _remark in both[:4]) == both[4][1]
+    assert both[3][2] == "27136 tokens in 1697 blocks, of each sequence the last 128"
+
+
+# -- sliding windows ---------------------------------------------------------------------------------------
+
+
+def test_windowed_layers_get_what_their_window_can_use():
+    """The shape of GPT-OSS: every other layer sees 128 tokens, nine blocks at most."""
+    found = plan(1 << 40, windows=(128, None), context=131072)
+    assert [group.window for group in found.kv_groups] == [None, 128]
+    assert [group.block_bytes for group in found.kv_groups] == [15 * 16 * 768] * 2
+    # 64 sequences with nine blocks and one to spare, 512 tokens of a step, an eighth for the prefix cache.
+    assert blocks(found) == [8193, 1 + 64 * 10 + 32 + 8193 // 8]
+    full = plan(1 << 40, context=131072)
+    assert 0.5 < found.kv_cache_bytes / full.kv_cache_bytes < 0.62
+    assert found.limits(EngineConfig()).num_groups == 2
+    assert found.workspace_bytes == MIB + 2 * 64 * 8192 * 4
+
+
+def test_the_same_memory_holds_more_of_a_model_with_windows():
+    memory = {"kv_cache_size_mb": 1000, "context": 131072}
+    full, half = plan(1 << 40, **memory), plan(1 << 40, windows=(128, None), **memory)
+    assert half.kv_cache_bytes <= 1000 * MIB < half.kv_cache_bytes + 2 * 15 * 16 * 768
+    assert half.kv_cache_tokens > 1.5 * full.kv_cache_tokens
+    assert half.max_model_len > 1.5 * full.max_model_len
+
+
+def test_a_small_cache_is_the_same_for_all_layers():
+    found = plan(1 << 40, windows=(None, 128), max_num_seqs=1, max_model_len=300)
+    assert blocks(found) == [20, 20]
+    found = plan(1 << 40, windows=(None, 128), max_num_seqs=64, max_model_len=64)
+    assert blocks(found) == [1 + 64 * 4] * 2  # the window is longer than any sequence
+
+
+def test_two_windows_beside_all():
+    found = plan(1 << 40, windows=(64, None, 512), max_num_seqs=8, context=131072)
+    assert [group.window for group in found.kv_groups] == [None, 512, 64]
+    assert blocks(found) == [8193, 1 + 8 * 34 + 32 + 1024, 1 + 8 * 6 + 32 + 1024]
+
+
+def test_a_model_of_windows_only_serves_lengths_it_has_no_blocks_for():
+    found = plan(1 << 40, windows=(128,), max_num_seqs=1, context=1 << 20)
+    assert found.max_model_len == 1 << 20
+    # As many blocks as a full cache might want are not needed: 10, a step's 32, and an eighth of that wish.
+    assert blocks(found) == [1 + 10 + 32 + (1 + (1 << 16)) // 8]
+    found = plan(1 << 40, windows=(128,), max_num_seqs=1, context=1 << 20, kv_cache_size_mb=4)
+    assert blocks(found) == [4 * MIB // (16 * 23040)]  # eleven: one sequence and a block
+    assert found.max_model_len == 1 << 20
+    with pytest.raises(InsufficientMemory, match=r"it takes 4$"):
+        plan(1 << 40, windows=(128,), context=1 << 20, kv_cache_size_mb=3, max_model_len=1 << 20)
+    found = plan(1 << 40, windows=(512,), context=1 << 20, kv_cache_size_mb=8)
+    assert found.max_model_len == (blocks(found)[0] - 1) * 16 == 21 * 16  # less than a window
+    assert found.notes
 
 
 @given(
@@ -160,6 +233,8 @@ def test_the_table():
     max_num_seqs=st.integers(1, 256),
     max_model_len=st.none() | st.integers(1, 200_000),
     kv_cache_size_mb=st.none() | st.integers(1, 10_000),
+    max_num_batched_tokens=st.integers(1, 1024),
+    windows=st.just([None]) | st.lists(st.none() | st.integers(1, 5000), min_size=1, max_size=3),
 )
 @settings(max_examples=300, deadline=None)
 def test_the_longest_sequence_always_fits(
@@ -169,6 +244,8 @@ def test_the_longest_sequence_always_fits(
     max_num_seqs: int,
     max_model_len: int | None,
     kv_cache_size_mb: int | None,
+    max_num_batched_tokens: int,
+    windows: list[int | None],
 ):
     try:
         found = plan(
@@ -178,12 +255,23 @@ def test_the_longest_sequence_always_fits(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             kv_cache_size_mb=kv_cache_size_mb,
+            max_num_batched_tokens=max_num_batched_tokens,
+            windows=windows,
         )
     except (InsufficientMemory, InvalidConfiguration):
         return
     assert found.total_bytes <= found.usable_bytes
     assert 1 <= found.max_model_len <= context
-    assert found.max_model_len <= found.kv_cache_tokens  # and the null block is not counted in it
+    for group in found.kv_groups:
+        usable = group.num_blocks - 1  # the null block is nobody's
+        if group.window is None:
+            assert found.max_model_len <= usable * block_size
+        else:  # any token with what it sees, wherever blocks begin
+            touched = -(-(group.window - 1) // block_size) + 1
+            assert min(touched, -(-found.max_model_len // block_size)) <= usable
+    if kv_cache_size_mb is not None:
+        assert found.kv_cache_bytes <= kv_cache_size_mb * MIB
+    assert all(group.num_blocks <= found.kv_groups[0].num_blocks for group in found.kv_groups)
     if max_model_len is not None:
         assert found.max_model_len == max_model_len
     elif found.max_model_len < context:

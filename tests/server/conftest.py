@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 
 from worker_orcd.config import ServerConfig
-from worker_orcd.engine.messages import Command, EngineSnapshot, Output, StepStats, Submit
+from worker_orcd.engine.messages import Command, EngineSnapshot, GroupBlocks, Output, StepStats, Submit
 from worker_orcd.gguf.metadata import Metadata
 from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, SampledToken

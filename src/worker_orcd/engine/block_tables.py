@@ -52,6 +52,7 @@ class BlockTables:
         self._block_size = block_size
         # Whole blocks that a token sees behind it, at most; None: all there are.
         self._behind = [None if g.window is None else self._num_blocks(g.window - 1) for g in self.groups]
+        self._windowed = [(i, g.pool, g.window) for i, g in enumerate(self.groups) if g.window is not None]
 
     @property
     def max_len(self) -> int:
@@ -131,12 +132,15 @@ class BlockTables:
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Hold blocks for the next `num_tokens` tokens. False, and nothing done, where a pool has too few."""
         num_blocks = self._num_blocks(sequence.num_computed_tokens + num_tokens)
-        for group, table in zip(self.groups, sequence.block_tables, strict=True):
-            if num_blocks - len(table) > group.pool.num_free:
-                return False
-        for group, table in zip(self.groups, sequence.block_tables, strict=True):
-            if num_blocks > len(table):
-                table += group.pool.allocate(num_blocks - len(table))
+        lacking = [
+            (self.groups[index].pool, table)
+            for index, table in enumerate(sequence.block_tables)
+            if len(table) < num_blocks
+        ]
+        if any(num_blocks - len(table) > pool.num_free for pool, table in lacking):
+            return False
+        for pool, table in lacking:
+            table += pool.allocate(num_blocks - len(table))
         return True
 
     def publish(self, sequence: Sequence, first: int, end: int) -> None:
@@ -147,14 +151,14 @@ class BlockTables:
 
     def release_behind(self, sequence: Sequence) -> None:
         """Give back the blocks that no later token sees."""
-        for group, table in zip(self.groups, sequence.block_tables, strict=True):
-            if group.window is None:
-                continue
-            first = end = max(0, sequence.num_computed_tokens - group.window + 1) // self._block_size
+        for index, pool, window in self._windowed:
+            table = sequence.block_tables[index]
+            first = end = max(0, sequence.num_computed_tokens - window + 1) // self._block_size
             while first > 0 and table[first - 1] != NULL_BLOCK:
                 first -= 1
-            group.pool.release(table[first:end])
-            table[first:end] = [NULL_BLOCK] * (end - first)
+            if first < end:
+                pool.release(table[first:end])
+                table[first:end] = [NULL_BLOCK] * (end - first)
 
     def release(self, sequence: Sequence) -> None:
         """Give back everything."""

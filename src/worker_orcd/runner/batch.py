@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.errors import Internal
 from worker_orcd.kernels.backend import BatchInputs, Counts, Limits
+from worker_orcd.runner.cache_plan import GroupPlan
 from worker_orcd.sequence import Row, Step
 
 Ints = NDArray[np.int64]
@@ -26,15 +27,12 @@ class Batch:
         self,
         inputs: BatchInputs,
         limits: Limits,
+        groups: SequenceABC[GroupPlan],
         *,
-        windows: SequenceABC[int | None],
-        num_blocks: SequenceABC[int],
         vocab_size: int,
     ) -> None:
-        """`windows`, `num_blocks`: one for each cache group, the null block counted."""
         self._limits = limits
-        self._windows = tuple(windows)
-        self._num_blocks = tuple(num_blocks)
+        self._groups = tuple(groups)
         self._vocab_size = vocab_size
         self._token_ids: NDArray[np.int32] = inputs.token_ids.numpy()
         self._positions: NDArray[np.int32] = inputs.positions.numpy()
@@ -56,8 +54,8 @@ class Batch:
         computed = np.array([row.sequence.num_computed_tokens for row in step.rows], dtype=np.int64)
         if lengths.min() < 1 or computed.min() < 0:
             raise Internal("a row of no tokens, or of a sequence with fewer than none computed")
-        if any(len(row.sequence.block_tables) != len(self._windows) for row in step.rows):
-            raise Internal(f"a row without a block table for each of the {len(self._windows)} cache groups")
+        if any(len(row.sequence.block_tables) != len(self._groups) for row in step.rows):
+            raise Internal(f"a row without a block table for each of the {len(self._groups)} cache groups")
         num_tokens = int(lengths.sum())
         if num_tokens > self._limits.max_tokens:
             raise Internal(f"a step of {num_tokens} tokens; at most {self._limits.max_tokens} are allowed")
@@ -68,7 +66,7 @@ class Batch:
         rows, offsets = _places_in_runs(lengths)  # (num_tokens,)
         positions = computed[rows] + offsets  # (num_tokens,)
         self._positions[:num_tokens] = positions
-        for group in range(len(self._windows)):
+        for group in range(len(self._groups)):
             self._fill_blocks(step, group, computed, computed + lengths)
             self._fill_slots(group, rows, positions)
         return Counts(num_tokens, num_rows, self._fill_logit_tokens(step, ends, every_logit))
@@ -83,7 +81,7 @@ class Batch:
 
     def _fill_blocks(self, step: Step, group: int, computed: Ints, context_lens: Ints) -> None:
         """The blocks that each row's tokens see; the other entries stay as they are, nothing reads them."""
-        block_size, window = self._limits.block_size, self._windows[group]
+        block_size, window = self._limits.block_size, self._groups[group].window
         ends = -(-context_lens // block_size)  # (num_rows,)
         if ends.max() > self._limits.max_blocks_per_row:
             raise Internal(f"a context of {context_lens.max()} tokens is longer than a row may be")
@@ -97,10 +95,12 @@ class Batch:
         blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
         if len(blocks) != (ends - firsts).sum():
             raise Internal("a row's context reaches beyond its blocks")
-        if blocks.min() < 1 or blocks.max() >= self._num_blocks[group]:
-            raise Internal(f"a block id outside 1 … {self._num_blocks[group] - 1}")
-        rows, offsets = _places_in_runs(ends - firsts)
-        self._block_tables[group, rows, firsts[rows] + offsets] = blocks
+        if blocks.min() < 1 or blocks.max() >= self._groups[group].num_blocks:
+            raise Internal(f"a block id outside 1 … {self._groups[group].num_blocks - 1}")
+        rows, columns = _places_in_runs(ends - firsts)
+        if window is not None:
+            columns += firsts[rows]
+        self._block_tables[group, rows, columns] = blocks
 
     def _fill_slots(self, group: int, rows: Ints, positions: Ints) -> None:
         """Where each token's K and V go."""

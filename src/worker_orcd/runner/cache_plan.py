@@ -4,10 +4,11 @@ How many KV blocks each cache group gets, given how many the first has.
 * The first group's layers see most: everything, or the largest window. Its number of blocks is what memory
   and settings decide.
 * A windowed group behind it gets no more than it can use: for each sequence that may run at a time the blocks
-  that its window touches and one to spare, the blocks of one step's tokens, and an eighth of the first group's
-  number. That eighth is for the prefix cache: a prefix can be used only while the blocks before its end still
-  exist in every group, and those that a window leaves behind are free for reuse. So of what the first group
-  remembers, the eighth computed or found last can be continued anywhere, at an eighth of the memory.
+  that its window touches and one to spare, the blocks of one step's tokens, and an eighth of the first
+  group's number. That eighth is for the prefix cache: a prefix can be used only while the blocks before its
+  end still exist in every group, and those that a window leaves behind are free for reuse. So of what the
+  first group remembers, the eighth computed or found last can be continued anywhere, at an eighth of the
+  memory.
 * One sequence alone fits in all groups if it fits in the first.
 """
 
@@ -38,7 +39,7 @@ class GroupPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSizing:
-    """The arithmetic, for sequences of up to `model_len` tokens. Groups are in the order of `cache_groups`."""
+    """The arithmetic for sequences of up to `model_len` tokens. Groups are in the order of `cache_groups`."""
 
     windows: tuple[int | None, ...]
     block_bytes: tuple[int, ...]  # of each group

@@ -1,4 +1,4 @@
-"""The KV cache's tensors: one LayerCache a layer. Layers of a cache group share block numbers; block 0 is null."""
+"""The KV cache's tensors: one LayerCache a layer. Layers of a cache group share block numbers; 0 is null."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import replace
 
 from worker_orcd.kernels.backend import Backend, LayerCache
 from worker_orcd.model.config import ModelConfig
+from worker_orcd.runner.cache_plan import GroupPlan
 
 
 def allocate_kv_cache(
-    backend: Backend, config: ModelConfig, num_blocks: SequenceABC[int], block_size: int
+    backend: Backend, config: ModelConfig, groups: SequenceABC[GroupPlan], block_size: int
 ) -> tuple[LayerCache, ...]:
-    """Raises InsufficientMemory. `num_blocks` counts the null block; one number for each cache group."""
+    """`groups`: as planned for this model. Raises InsufficientMemory."""
+    numbers = {group.window: number for number, group in enumerate(groups)}
     caches: list[LayerCache] = []
     for layer in config.layers:
-        attention, group = layer.attention, config.cache_groups.index(layer.attention.window)
+        attention, number = layer.attention, numbers[layer.attention.window]
         cache = backend.allocate_cache(
-            num_blocks[group], block_size, attention.num_kv_heads, attention.head_dim
+            groups[number].num_blocks, block_size, attention.num_kv_heads, attention.head_dim
         )
-        caches.append(replace(cache, group=group))
+        caches.append(replace(cache, group=number))
     return tuple(caches)

@@ -34,20 +34,13 @@ class ModelRunner:
         self.plan = plan
         self.vocab_size = config.vocab_size
         self.limits = plan.limits(engine_config)
-        num_blocks = [group.num_blocks for group in plan.kv_groups]
-        caches = allocate_kv_cache(backend, config, num_blocks, plan.block_size)
+        self.caches = allocate_kv_cache(backend, config, plan.kv_groups, plan.block_size)
         inputs = backend.allocate_inputs(self.limits)
 
         def forward(inputs: BatchInputs) -> Tensor:
-            return decoder.forward(inputs, caches)
+            return decoder.forward(inputs, self.caches)
 
-        self._batch = Batch(
-            inputs,
-            self.limits,
-            windows=config.cache_groups,
-            num_blocks=num_blocks,
-            vocab_size=config.vocab_size,
-        )
+        self._batch = Batch(inputs, self.limits, plan.kv_groups, vocab_size=config.vocab_size)
         self._compiled = backend.compile(forward, inputs, self.limits)
         self._sampler = Sampler(config.vocab_size)
         self._busy = False

@@ -171,7 +171,7 @@ class Metrics(Collector):
         total, free = sum(group.total for group in groups), sum(group.free for group in groups)
         yield GaugeMetricFamily("worker_kv_blocks_total", "Blocks of the KV cache", total)
         yield GaugeMetricFamily("worker_kv_blocks_free", "Blocks that no sequence holds", free)
-        used = max((1 - group.free / group.total for group in groups), default=0)
+        used = max(((group.total - group.free) / group.total for group in groups), default=0)
         yield GaugeMetricFamily(
             "worker_kv_usage_ratio", "Share of KV blocks held, in the group with the largest", used
         )

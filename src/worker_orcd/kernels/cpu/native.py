@@ -403,8 +403,9 @@ class NativeBackend:
             result: Value = forward(BatchInputs(*(InputName(entry.name) for entry in fields(BatchInputs))))
         finally:
             self._program, self._angles = None, {}
-        if (group := max((op.fields.get("group", 0) for op in program.operations), default=0)) >= limits.num_groups:
-            raise Internal(f"a layer of cache group {group}; the step has {limits.num_groups}")
+        for operation in program.operations:
+            if (group := operation.fields.get("group", 0)) >= limits.num_groups:
+                raise Internal(f"a layer of cache group {group}; a step has {limits.num_groups} of them")
         return NativeStep(self._library, link(program, result, limits), inputs, limits)
 
     def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
