@@ -32,12 +32,11 @@ def first_visible(position: int, window: int | None) -> int:
 
 def seen(entries: Entries, position: int, windows: Windows) -> bytes:
     """What a token sees before its own entry, or with it if that is there already."""
-    return b"".join(
-        stored[p]
-        for stored, window in zip(entries, windows, strict=True)
-        for p in range(first_visible(position, window), position + 1)
-        if p in stored or p < position
-    )
+    parts: list[bytes] = []
+    for stored, window in zip(entries, windows, strict=True):
+        parts += [stored[p] for p in range(first_visible(position, window), position)]
+        parts.append(stored.get(position, b""))
+    return b"".join(parts)
 
 
 def compute(entries: Entries, position: int, token_id: int, windows: Windows) -> None:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 ENGINE = EngineConfig(max_num_seqs=64, max_num_batched_tokens=64)
 SIZE = ENGINE.block_size
 TEXT = np.random.default_rng(11).integers(0, 320, 400).tolist()
-CASES = {"mistral": "native", "gpt-oss": "reference", "gemma3": "reference"}
+CASES = ["mistral native", "gpt-oss native", "gemma3 native", "gpt-oss reference"]
 WINDOWS = {"mistral": (64,), "gpt-oss": (None, 32), "gemma3": (None, 40)}
 
 
@@ -104,17 +104,18 @@ class Watched:
 
 @pytest.fixture(scope="module", params=CASES)
 def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    name, device = request.param.split()
     path: Path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    tiny_file((MODELS | VARIANTS)[request.param]).write(path)
+    tiny_file((MODELS | VARIANTS)[name]).write(path)
     backend: Backend = ReferenceBackend()
-    if CASES[request.param] == "native":
+    if device == "native":
         try:
             library = load_library()
         except LibraryUnavailable as error:
             pytest.skip(str(error))
         backend = NativeBackend(library, DeviceConfig(cpu_threads=2))
     runner = load_runner(path, backend, ENGINE)
-    assert tuple(group.window for group in runner.plan.kv_groups) == WINDOWS[request.param]
+    assert tuple(group.window for group in runner.plan.kv_groups) == WINDOWS[name]
     assert all(group.num_blocks > 400 // SIZE for group in runner.plan.kv_groups), "score reuses no block"
     yield Watched(runner, backend)
     backend.close()

@@ -252,11 +252,7 @@ def _from_vocabulary(vocabulary: Vocabulary) -> Tokenizer:
     is_spm = vocabulary.model == "llama"
     plain, special = build_spm(vocabulary) if is_spm else build_bpe(vocabulary)
     added = special.get_added_tokens_decoder()  # a copy at each call
-    control = {
-        i: added[i]
-        for i, kind in enumerate(vocabulary.types)
-        if kind == TokenType.CONTROL
-    }
+    control = {i: added[i] for i, kind in enumerate(vocabulary.types) if kind == TokenType.CONTROL}
     return Tokenizer(
         TokenizerParts(
             kind="gguf-bpe",

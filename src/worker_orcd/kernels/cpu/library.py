@@ -12,7 +12,7 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, ClassVar
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class Kind(enum.IntEnum):

@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ORCD_ABI_VERSION 2
+#define ORCD_ABI_VERSION 3
 
 /* The inputs of a step; kernels/backend.py BatchInputs says what each holds. */
 typedef struct {
