@@ -11,6 +11,7 @@ from worker_orcd.cli.chat import run
 from worker_orcd.cli.doctor import doctor
 from worker_orcd.cli.inspect import inspect
 from worker_orcd.cli.serve import serve
+from worker_orcd.cli.synth import synth
 from worker_orcd.cli.terminal import progress_bar, reports_errors
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
 
@@ -26,7 +27,7 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (serve, run, inspect, bench, doctor, fetch):
+    for command in (serve, run, inspect, bench, doctor, fetch, synth):
         app.command()(reports_errors(command))
     app.command()(version)
     app.callback()(_options)

@@ -38,3 +38,11 @@ def k_scales_and_mins(packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], N
     scales = np.concatenate([first & 63, (low & 15) | (first >> 6) << 4], axis=1)  # (n, 8)
     mins = np.concatenate([second & 63, (low >> 4) | (second >> 6) << 4], axis=1)  # (n, 8)
     return scales.astype(np.float32), mins.astype(np.float32)
+
+
+def pack_k_scales(scales: NDArray[np.uint8], mins: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What `k_scales_and_mins` reads: (n, 8) of 6 bits twice -> (n, 12)."""
+    first = (scales[:, :4] & 63) | scales[:, 4:] >> 4 << 6
+    second = (mins[:, :4] & 63) | mins[:, 4:] >> 4 << 6
+    low = (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4
+    return np.concatenate([first, second, low], axis=1).astype(np.uint8, copy=False)
