@@ -12,7 +12,7 @@ import pytest
 
 from worker_orcd.version import VERSION
 
-COMMANDS = ("serve", "run", "inspect", "bench", "doctor", "fetch", "synth", "version")
+COMMANDS = ("serve", "run", "inspect", "bench", "doctor", "fetch", "synth", "quantize", "version")
 HEAVY = (
     "torch",
     "numpy",

@@ -49,3 +49,13 @@ def described(num_bytes: int, seconds: float, counts: dict[str, int]) -> str:
     rate = num_bytes / 1e6 / max(seconds, 1e-3)
     size = f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
     return f"{size} in {seconds:.1f} s ({rate:.0f} MB/s): {types}"
+
+
+def mixture_option(name: str) -> str:
+    """The mixture that `--mix` names. Raises InvalidConfiguration."""
+    from worker_orcd.gguf.mixture import MIXTURES, mixture_named
+
+    mixture = mixture_named(name)
+    if mixture is None:
+        raise InvalidConfiguration(f"--mix: found {name!r}; expected one of {', '.join(MIXTURES)}")
+    return mixture

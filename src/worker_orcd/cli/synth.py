@@ -44,7 +44,7 @@ def synth(
 
     True shape, true mixture of tensor types, a working tokenizer; for measuring and testing.
     """
-    from worker_orcd.cli.output import check_output, described, writing
+    from worker_orcd.cli.output import check_output, described, mixture_option, writing
     from worker_orcd.gguf.mixture import counts
     from worker_orcd.synth import plan, tensor_bytes, write_model
 
@@ -73,13 +73,3 @@ def _shape(architecture: str, name: str) -> Shape:
         known = ", ".join(shapes_of(architecture))
         raise InvalidConfiguration(f"--shape: found {name!r}; {architecture} has {known}")
     return shape
-
-
-def mixture_option(name: str) -> str:
-    """The mixture that `--mix` names. Raises InvalidConfiguration."""
-    from worker_orcd.gguf.mixture import MIXTURES, mixture_named
-
-    mixture = mixture_named(name)
-    if mixture is None:
-        raise InvalidConfiguration(f"--mix: found {name!r}; expected one of {', '.join(MIXTURES)}")
-    return mixture

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.errors import InvalidModelFile
+from worker_orcd.gguf.types import ValueType
 
 Value = bool | int | float | str | list["Value"] | NDArray[np.generic]  # numeric arrays are numpy arrays
 
@@ -46,8 +47,10 @@ class Metadata:
     Getters do not convert between kinds: 1 is no boolean, True no integer, "1" neither.
     """
 
-    def __init__(self, values: Mapping[str, Value]) -> None:
+    def __init__(self, values: Mapping[str, Value], kinds: Mapping[str, ValueType] | None = None) -> None:
+        """`kinds`: how the values are stored in the file they come from."""
         self._values = dict(values)
+        self._kinds = dict(kinds or {})
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -60,6 +63,10 @@ class Metadata:
 
     def raw(self, key: str) -> Value | None:
         return self._values.get(key)
+
+    def kind(self, key: str) -> ValueType | None:
+        """How a value is stored, where that is known: to write it again as it was."""
+        return self._kinds.get(key)
 
     def integer(self, key: str, *, low: int = 0, high: int = 2**63 - 1, default: int | None = None) -> int:
         value = self.optional_integer(key, low=low, high=high)

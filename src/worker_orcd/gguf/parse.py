@@ -69,7 +69,7 @@ def parse(data: mmap.mmap | bytes, size: int, label: str, part: int = 0) -> Part
     """Read and check everything but the tensors' contents. `label` names the file in messages."""
     cursor = Cursor(data, size, label)
     version, num_tensors, num_keys = read_header(cursor)
-    metadata = Metadata(read_metadata(cursor, num_keys))
+    metadata = read_metadata(cursor, num_keys)
     try:
         alignment = metadata.integer(
             "general.alignment", low=MIN_ALIGNMENT, high=MAX_ALIGNMENT, default=DEFAULT_ALIGNMENT
@@ -182,8 +182,9 @@ def read_header(cursor: Cursor) -> tuple[int, int, int]:
     return version, num_tensors, num_keys
 
 
-def read_metadata(cursor: Cursor, num_keys: int) -> dict[str, Value]:
+def read_metadata(cursor: Cursor, num_keys: int) -> Metadata:
     values: dict[str, Value] = {}
+    kinds: dict[str, ValueType] = {}
     for index in range(num_keys):
         key = cursor.string(f"metadata key {index}", MAX_KEY_BYTES)
         if not key:
@@ -191,8 +192,9 @@ def read_metadata(cursor: Cursor, num_keys: int) -> dict[str, Value]:
         what = f"metadata key {quoted(key)}"
         if key in values:
             cursor.fail(f"{what} occurs twice")
-        values[key] = read_value(cursor, value_type(cursor, what), what)
-    return values
+        kinds[key] = value_type(cursor, what)
+        values[key] = read_value(cursor, kinds[key], what)
+    return Metadata(values, kinds)
 
 
 def value_type(cursor: Cursor, what: str) -> ValueType:

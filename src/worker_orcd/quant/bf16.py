@@ -13,4 +13,13 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return (upper << np.uint32(16)).view(np.float32)
 
 
-BF16 = WeightFormat(name="BF16", ggml_type=30, block_size=1, type_size=2, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """To the nearest, ties to the even one."""
+    bits = np.ascontiguousarray(weights).view(np.uint32)  # (n, 1)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return rounded.astype("<u2").view(np.uint8)
+
+
+BF16 = WeightFormat(
+    name="BF16", ggml_type=30, block_size=1, type_size=2, dequantize=dequantize, quantize=quantize
+)

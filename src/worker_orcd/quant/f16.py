@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves
+from worker_orcd.quant.fields import half_bytes, halves
 from worker_orcd.quant.format import WeightFormat
 
 
@@ -13,4 +13,10 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return halves(blocks, 0)
 
 
-F16 = WeightFormat(name="F16", ggml_type=1, block_size=1, type_size=2, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return half_bytes(weights)
+
+
+F16 = WeightFormat(
+    name="F16", ggml_type=1, block_size=1, type_size=2, dequantize=dequantize, quantize=quantize
+)

@@ -12,4 +12,10 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.array(blocks, order="C").view("<f4")  # a copy: like every format's, the caller may write to it
 
 
-F32 = WeightFormat(name="F32", ggml_type=0, block_size=1, type_size=4, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.array(weights, "<f4", order="C").view(np.uint8)
+
+
+F32 = WeightFormat(
+    name="F32", ggml_type=0, block_size=1, type_size=4, dequantize=dequantize, quantize=quantize
+)

@@ -6,6 +6,8 @@ consecutive bytes are consecutive weights, then come the next bits of the same b
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,12 @@ def halves(blocks: NDArray[np.uint8], start: int) -> NDArray[np.float32]:
     return field.view("<f2").astype(np.float32)
 
 
+def half_bytes(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """What `halves` reads: (n, 1) or (n,) -> (n, 2). Values beyond float16 become infinite."""
+    with np.errstate(over="ignore"):
+        return values.reshape(-1, 1).astype("<f2").view(np.uint8)
+
+
 def planes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Unsigned integers of `bits` bits (1, 2 or 4), plane by plane. (..., m) -> (..., 8 // bits * m)."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]  # (planes, 1)
@@ -23,9 +31,22 @@ def planes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return values.reshape(*packed.shape[:-1], -1)
 
 
+def pack_planes(values: NDArray[np.integer[Any]], bits: int) -> NDArray[np.uint8]:
+    """What `planes` reads: (..., 8 // bits * m) of `bits` bits -> (..., m)."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]  # (planes, 1)
+    small = values.astype(np.uint8, copy=False)
+    parts = small.reshape(*values.shape[:-1], 8 // bits, -1) << shifts  # (..., planes, m)
+    return np.bitwise_or.reduce(parts, axis=-2)
+
+
 def bits_in_order(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Single bits, the lowest of the first byte first. (n, m) -> (n, 8 * m)."""
     return np.unpackbits(packed, axis=-1, bitorder="little")
+
+
+def pack_bits(bits: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+    """What `bits_in_order` reads: (n, 8 * m) -> (n, m)."""
+    return np.packbits(bits.astype(np.uint8, copy=False), axis=-1, bitorder="little")
 
 
 def k_scales_and_mins(packed: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

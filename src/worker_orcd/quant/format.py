@@ -20,6 +20,8 @@ class WeightFormat:
     # (num_blocks, type_size) uint8 -> (num_blocks, block_size) float32; the reference for every device.
     # Finite scales give no NaN. Infinite and NaN scales propagate by IEEE rules, without a warning.
     dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    # The reverse: finite weights, each block by itself. None: a format that is read and not made here.
+    quantize: Callable[[NDArray[np.float32]], NDArray[np.uint8]] | None = None
 
     def row_bytes(self, num_weights: int) -> int:
         """Bytes of a row; `num_weights` must be a multiple of `block_size`."""
@@ -30,3 +32,11 @@ class WeightFormat:
         n = rows.shape[0]
         blocks = np.ascontiguousarray(rows).reshape(-1, self.type_size)
         return self.dequantize(blocks).reshape(n, -1)
+
+    def quantize_rows(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """(n, k) finite float32 -> (n, row_bytes) uint8. Raises ValueError for a format that is only read."""
+        if self.quantize is None:
+            raise ValueError(f"{self.name} cannot be made here, only read")
+        n = rows.shape[0]
+        blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, self.block_size)
+        return self.quantize(blocks).reshape(n, -1)

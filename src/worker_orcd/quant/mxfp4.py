@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import planes
+from worker_orcd.quant.fields import pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
 
 # Twice the sixteen E2M1 values: integers. Half the scale then never leaves the range of float32.
 DOUBLED_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.float32)
+_STEPS = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # halfway between them
 
 
 @np.errstate(over="ignore")
@@ -23,4 +24,21 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return half_scale * DOUBLED_VALUES[planes(blocks[:, 1:], 4)]
 
 
-MXFP4 = WeightFormat(name="MXFP4", ggml_type=39, block_size=32, type_size=17, dequantize=dequantize)
+@np.errstate(divide="ignore")
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The scale is the largest that brings no weight below half its value: the largest weight is 4 to 8 times
+    it, and beyond 6 is 6. Then to the nearest, ties towards 0.
+    """
+    largest = np.abs(weights).max(axis=1, keepdims=True)  # (n, 1)
+    exponent = np.clip(np.floor(np.log2(largest)) - 2 + 127, 0, 254).astype(np.int32)
+    doubled = np.ldexp(np.abs(weights), 128 - exponent)  # (n, 32), in units of half the scale
+    q = np.zeros(weights.shape, np.uint8)
+    for step in _STEPS:
+        q += doubled > step
+    q |= ((weights < 0) & (q > 0)).astype(np.uint8) << 3
+    return np.concatenate([exponent.astype(np.uint8), pack_planes(q, 4)], axis=1)
+
+
+MXFP4 = WeightFormat(
+    name="MXFP4", ggml_type=39, block_size=32, type_size=17, dequantize=dequantize, quantize=quantize
+)

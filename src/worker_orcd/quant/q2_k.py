@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves, planes
+from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import fit_scale_and_minimum, reciprocal
 
 
 @np.errstate(invalid="ignore")
@@ -19,4 +20,25 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.subtract(scale * q, minimum).reshape(-1, 256)
 
 
-Q2_K = WeightFormat(name="Q2_K", ggml_type=10, block_size=256, type_size=84, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    x = weights.reshape(-1, 16)  # (16 n, 16)
+    fitted = fit_scale_and_minimum(x, np.abs(x), 3, [2.5 + step / 10 for step in range(16)])
+    fields: list[NDArray[np.uint8]] = []
+    four: list[NDArray[np.uint8]] = []  # scales, minimums: (n, 16)
+    for values in (part.reshape(-1, 16) for part in fitted):
+        unit = values.max(axis=1, keepdims=True) / np.float32(15)
+        fields.append(half_bytes(unit))
+        four.append(np.rint(values * reciprocal(unit)).clip(0, 15).astype(np.uint8))
+    scale, minimum = (
+        (halves(stored, 0) * codes.astype(np.float32))[:, :, None]  # as they will be read
+        for stored, codes in zip(fields, four, strict=True)
+    )
+    q = np.rint((weights.reshape(-1, 16, 16) + minimum) * reciprocal(scale)).clip(0, 3).astype(np.uint8)
+    packed = pack_planes(q.reshape(-1, 2, 128), 2).reshape(-1, 64)
+    nibbles = pack_planes(np.concatenate(four, axis=1).reshape(-1, 32), 4)
+    return np.concatenate([nibbles, packed, *fields], axis=1)
+
+
+Q2_K = WeightFormat(
+    name="Q2_K", ggml_type=10, block_size=256, type_size=84, dequantize=dequantize, quantize=quantize
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves, planes
+from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import farthest, fit_scale, reciprocal, rounded
 
 
 @np.errstate(invalid="ignore")
@@ -19,4 +20,20 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return (d.reshape(-1, 16, 1) * q.reshape(-1, 16, 16).astype(np.float32)).reshape(-1, 256)
 
 
-Q3_K = WeightFormat(name="Q3_K", ggml_type=11, block_size=256, type_size=110, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    x = weights.reshape(-1, 16)  # (16 n, 16)
+    fitted = fit_scale(x, rounded(-4, 3), [-4 - step / 10 for step in range(-9, 10)]).reshape(-1, 16)
+    unit = farthest(fitted) / np.float32(-32)  # (n, 1)
+    scales = np.rint(fitted * reciprocal(unit)).clip(-32, 31)  # (n, 16)
+    stored = half_bytes(unit)
+    q = np.rint(weights.reshape(-1, 16, 16) * reciprocal(halves(stored, 0) * scales)[:, :, None])
+    codes = (q.clip(-4, 3) + 4).astype(np.uint8).reshape(-1, 256)
+    high = pack_planes(codes >> 2, 1)  # (n, 32)
+    low = pack_planes((codes & 3).reshape(-1, 2, 128), 2).reshape(-1, 64)
+    six = (scales + 32).astype(np.uint8)
+    return np.concatenate([high, low, pack_planes(six & 15, 4), pack_planes(six >> 4, 2), stored], axis=1)
+
+
+Q3_K = WeightFormat(
+    name="Q3_K", ggml_type=11, block_size=256, type_size=110, dequantize=dequantize, quantize=quantize
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves, planes
+from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import farthest, reciprocal
 
 
 @np.errstate(invalid="ignore")
@@ -16,4 +17,13 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return scale * q.astype(np.float32)
 
 
-Q4_0 = WeightFormat(name="Q4_0", ggml_type=2, block_size=32, type_size=18, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The weight farthest from 0 becomes -8, whatever its sign."""
+    scale = farthest(weights) / np.float32(-8)  # (n, 1)
+    q = (weights * reciprocal(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate([half_bytes(scale), pack_planes(q, 4)], axis=1)
+
+
+Q4_0 = WeightFormat(
+    name="Q4_0", ggml_type=2, block_size=32, type_size=18, dequantize=dequantize, quantize=quantize
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves, planes
+from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import reciprocal
 
 
 @np.errstate(invalid="ignore")
@@ -16,4 +17,13 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return scale * q + minimum
 
 
-Q4_1 = WeightFormat(name="Q4_1", ggml_type=3, block_size=32, type_size=20, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    minimum = weights.min(axis=1, keepdims=True)
+    scale = (weights.max(axis=1, keepdims=True) - minimum) / np.float32(15)
+    q = ((weights - minimum) * reciprocal(scale) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate([half_bytes(scale), half_bytes(minimum), pack_planes(q, 4)], axis=1)
+
+
+Q4_1 = WeightFormat(
+    name="Q4_1", ggml_type=3, block_size=32, type_size=20, dequantize=dequantize, quantize=quantize
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves, k_scales_and_mins, planes
+from worker_orcd.quant.fields import halves, k_scales_and_mins, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.k_codes import k_codes
 
 
 @np.errstate(invalid="ignore")
@@ -18,4 +19,12 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.subtract(scale * q, minimum).reshape(-1, 256)
 
 
-Q4_K = WeightFormat(name="Q4_K", ggml_type=12, block_size=256, type_size=144, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    fields, q = k_codes(weights, top=15)  # (n, 16), (n, 8, 32)
+    packed = pack_planes(q.reshape(-1, 4, 64), 4).reshape(-1, 128)
+    return np.concatenate([fields, packed], axis=1)
+
+
+Q4_K = WeightFormat(
+    name="Q4_K", ggml_type=12, block_size=256, type_size=144, dequantize=dequantize, quantize=quantize
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import bits_in_order, halves, planes
+from worker_orcd.quant.fields import bits_in_order, half_bytes, halves, pack_bits, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import farthest, reciprocal
 
 
 @np.errstate(invalid="ignore")
@@ -17,4 +18,13 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return scale * q.astype(np.float32)
 
 
-Q5_0 = WeightFormat(name="Q5_0", ggml_type=6, block_size=32, type_size=22, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The weight farthest from 0 becomes -16, whatever its sign."""
+    scale = farthest(weights) / np.float32(-16)  # (n, 1)
+    q = (weights * reciprocal(scale) + np.float32(16.5)).astype(np.uint8).clip(0, 31)
+    return np.concatenate([half_bytes(scale), pack_bits(q >> 4), pack_planes(q & 15, 4)], axis=1)
+
+
+Q5_0 = WeightFormat(
+    name="Q5_0", ggml_type=6, block_size=32, type_size=22, dequantize=dequantize, quantize=quantize
+)

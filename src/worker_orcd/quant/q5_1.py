@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import bits_in_order, halves, planes
+from worker_orcd.quant.fields import bits_in_order, half_bytes, halves, pack_bits, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import reciprocal
 
 
 @np.errstate(invalid="ignore")
@@ -17,4 +18,14 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return scale * q.astype(np.float32) + minimum
 
 
-Q5_1 = WeightFormat(name="Q5_1", ggml_type=7, block_size=32, type_size=24, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    minimum = weights.min(axis=1, keepdims=True)
+    scale = (weights.max(axis=1, keepdims=True) - minimum) / np.float32(31)
+    q = ((weights - minimum) * reciprocal(scale) + np.float32(0.5)).astype(np.uint8).clip(0, 31)
+    bits = [pack_bits(q >> 4), pack_planes(q & 15, 4)]
+    return np.concatenate([half_bytes(scale), half_bytes(minimum), *bits], axis=1)
+
+
+Q5_1 = WeightFormat(
+    name="Q5_1", ggml_type=7, block_size=32, type_size=24, dequantize=dequantize, quantize=quantize
+)

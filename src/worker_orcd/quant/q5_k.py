@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves, k_scales_and_mins, planes
+from worker_orcd.quant.fields import halves, k_scales_and_mins, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.k_codes import k_codes
 
 
 @np.errstate(invalid="ignore")
@@ -20,4 +21,13 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.subtract(scale * q, minimum).reshape(-1, 256)
 
 
-Q5_K = WeightFormat(name="Q5_K", ggml_type=13, block_size=256, type_size=176, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    fields, q = k_codes(weights, top=31)  # (n, 16), (n, 8, 32)
+    high = pack_planes((q >> 4).reshape(-1, 256), 1)
+    low = pack_planes((q & 15).reshape(-1, 4, 64), 4).reshape(-1, 128)
+    return np.concatenate([fields, high, low], axis=1)
+
+
+Q5_K = WeightFormat(
+    name="Q5_K", ggml_type=13, block_size=256, type_size=176, dequantize=dequantize, quantize=quantize
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.quant.fields import halves
+from worker_orcd.quant.fields import half_bytes, halves
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.scales import reciprocal
 
 
 @np.errstate(invalid="ignore")
@@ -15,4 +16,14 @@ def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return scale * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
-Q8_0 = WeightFormat(name="Q8_0", ggml_type=8, block_size=32, type_size=34, dequantize=dequantize)
+def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """To the nearest, ties away from 0."""
+    scale = np.abs(weights).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = weights * reciprocal(scale)
+    q = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled).astype(np.int8)
+    return np.concatenate([half_bytes(scale), q.view(np.uint8)], axis=1)
+
+
+Q8_0 = WeightFormat(
+    name="Q8_0", ggml_type=8, block_size=32, type_size=34, dequantize=dequantize, quantize=quantize
+)

@@ -7,16 +7,16 @@ depend on the seed, the shape and the mixture, not on the threads.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.gguf.mixture import Network, tensor_type
+from worker_orcd.gguf.pieces import PieceStream, Progress, pieces_of_rows
 from worker_orcd.gguf.writer import GGUFWriter
 from worker_orcd.quant import BY_NAME
 from worker_orcd.synth.blocks import random_blocks
@@ -26,8 +26,6 @@ from worker_orcd.synth.tensors import TensorSpec, tensor_specs
 
 PIECE_BYTES = 8 << 20
 STAGE = "writing random weights"
-
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,70 +82,24 @@ def write_model(
     writer = GGUFWriter(path)
     for key, value in metadata(shape, name, mixture).items():
         writer.add(key, value)
-    with ThreadPoolExecutor(threads, thread_name_prefix="synth") as pool:
-        ready = _made(pool, list(_pieces(planned)), seed, 2 * threads)
-        done = _Done(tensor_bytes(planned), on_progress)
+    jobs = (partial(_make, piece, seed) for piece in _pieces(planned))
+    total = tensor_bytes(planned)
+    with PieceStream(jobs, threads=threads, stage=STAGE, total=total, on_progress=on_progress) as stream:
         for tensor in planned:
             number = BY_NAME[tensor.type_name].ggml_type
-            writer.add_tensor(tensor.spec.name, tensor.spec.shape, number, _taken(ready, tensor, done))
-        try:
-            writer.write()
-        finally:
-            ready.close()
+            writer.add_tensor(tensor.spec.name, tensor.spec.shape, number, stream.take(tensor.nbytes))
+        writer.write()
     return planned
-
-
-class _Done:
-    """How many bytes have been handed over."""
-
-    def __init__(self, total: int, report: Progress | None) -> None:
-        self._done, self._total, self._report = 0, total, report
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if self._report is not None:
-            self._report(STAGE, self._done, self._total)
-
-
-def _taken(
-    ready: Iterator[NDArray[np.uint8]], tensor: PlannedTensor, done: _Done
-) -> Iterator[NDArray[np.uint8]]:
-    """The pieces of one tensor, which is written after those before it."""
-    left = tensor.nbytes
-    while left:
-        piece = next(ready)
-        left -= piece.nbytes
-        yield piece
-        done.add(piece.nbytes)
 
 
 def _pieces(planned: list[PlannedTensor]) -> Iterator[_Piece]:
     number = 0
     for tensor in planned:
         weight_format = BY_NAME[tensor.type_name]
-        left = tensor.nbytes // weight_format.type_size
-        at_most = PIECE_BYTES // weight_format.type_size
-        while left:
-            size = min(left, at_most)
-            yield _Piece(number, tensor, size)
-            number, left = number + 1, left - size
-
-
-def _made(
-    pool: ThreadPoolExecutor, pieces: list[_Piece], seed: int, ahead: int
-) -> Generator[NDArray[np.uint8]]:
-    """The pieces' bytes in order, at most `ahead` of them made before they are asked for."""
-    futures: deque[Future[NDArray[np.uint8]]] = deque()
-    try:
-        for piece in pieces:
-            futures.append(pool.submit(_make, piece, seed))
-            if len(futures) > ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        for future in futures:
-            future.cancel()
+        num_blocks = tensor.nbytes // weight_format.type_size
+        for part in pieces_of_rows(num_blocks, PIECE_BYTES // weight_format.type_size):
+            yield _Piece(number, tensor, part.stop - part.start)
+            number += 1
 
 
 def _make(piece: _Piece, seed: int) -> NDArray[np.uint8]:
