@@ -11,17 +11,27 @@ import pytest
 from worker_orcd.cli.output import check_output, described
 from worker_orcd.errors import InvalidConfiguration
 from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.synth import ARCHITECTURES
 
 
-def test_a_model_that_can_be_run(invoke: Any, tmp_path: Path) -> None:
+def test_it_says_what_it_wrote(invoke: Any, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     made = invoke("synth", "qwen2", str(path))
     assert made.status == 0
     assert made.out.startswith(f"{path}: Q4_K_M, ")
     assert "Q5_0 22" in made.out
-    answer = invoke("run", str(path), "hello", "--max-tokens", "8", "--max-model-len", "256")
-    assert answer.status == 0
-    assert answer.out
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_can_be_run(invoke: Any, tmp_path: Path, architecture: str) -> None:
+    """Through the engine and the kernels of the device: an answer of eight tokens from a prompt."""
+    path = tmp_path / "tiny.gguf"
+    assert invoke("synth", architecture, str(path)).status == 0
+    answer = invoke(
+        "run", str(path), "hello there", "--max-tokens", "8", "--max-model-len", "256", "--seed", "1"
+    )
+    assert answer.status == 0, answer.err
+    assert len(answer.out.strip()) >= 4
 
 
 def test_the_seed_is_an_option(invoke: Any, tmp_path: Path) -> None:

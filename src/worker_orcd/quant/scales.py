@@ -138,8 +138,9 @@ class _Sums:
     def cost(self, scale: Floats, shift: Floats) -> Floats:
         """The sum of (scale * q - shift - a)^2 but for that of a^2, which no choice changes."""
         mixed = shift * self.sum_q + self.sum_qa
-        linear = scale * (scale * self.sum_qq - mixed - mixed)
-        return linear + shift * (shift * self.total + self.sum_a + self.sum_a)
+        of_scale = scale * (scale * self.sum_qq - mixed - mixed)
+        of_shift = shift * (shift * self.total + self.sum_a + self.sum_a)
+        return (of_scale + of_shift).astype(np.float32, copy=False)
 
 
 def _sum(products: Floats) -> Floats:
