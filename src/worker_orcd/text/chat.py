@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, cast
 
 from worker_orcd.errors import InvalidModelFile, InvalidParameter
@@ -45,10 +46,15 @@ class ChatTemplate:
         bos_token: str = "",
         eos_token: str = "",
         limits: RenderLimits | None = None,
+        clock: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """Raises InvalidModelFile for a template that cannot be compiled within the limits."""
+        """`clock` tells templates the date, in local time.
+
+        Raises InvalidModelFile for a template that cannot be compiled within the limits.
+        """
         self.source = source
         self.sha256 = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        self._clock = clock
         self._constants = {"bos_token": bos_token, "eos_token": eos_token}
         if len(source) > MAX_SOURCE:
             raise InvalidModelFile(
@@ -73,7 +79,7 @@ class ChatTemplate:
         Raises InvalidParameter (bad messages, the template's own raise_exception, time or size limit
         exceeded).
         """
-        return self._render(_request(messages, add_generation_prompt, tools, extra))
+        return self._render(_request(messages, add_generation_prompt, tools, extra), self._clock())
 
     def encode(
         self,
@@ -91,14 +97,15 @@ class ChatTemplate:
         """
         request = _request(messages, add_generation_prompt, tools, extra)
         names = self._control_names(tokenizer)
-        text, mask = self._masked(request, names, tokenizer.filler, strict=False)
+        now = self._clock()  # both renderings below are of the same day
+        text, mask = self._masked(request, names, tokenizer.filler, now, strict=False)
         ids = tokenizer.encode_masked(text, mask, add_special=False)
         if not names.concern(request):
             return ids
         # A template that takes user strings apart, or puts them between pieces of a name, might make control
         # tokens of them. With every character marked that could be part of one, none can be the user's: both
         # ways must find the same.
-        text, strict_mask = self._masked(request, names, tokenizer.filler, strict=True)
+        text, strict_mask = self._masked(request, names, tokenizer.filler, now, strict=True)
         if strict_mask == mask:
             return ids
         checked = tokenizer.encode_masked(text, strict_mask, add_special=False)
@@ -116,17 +123,17 @@ class ChatTemplate:
         self._process.close()
 
     def _masked(
-        self, request: dict[str, Plain], names: ControlNames, filler: str, *, strict: bool
+        self, request: dict[str, Plain], names: ControlNames, filler: str, now: datetime, *, strict: bool
     ) -> tuple[str, str]:
         marker = Marker(names, request, self.source)
         marked = cast("dict[str, Any]", marker.mark(request, strict=strict))
         for message, original in zip(marked["messages"], cast("Any", request["messages"]), strict=True):
             message["role"] = original["role"]  # one of ROLES
-        return marker.reveal(self._render(marked), filler)
+        return marker.reveal(self._render(marked, now), filler)
 
-    def _render(self, request: Mapping[str, Plain]) -> str:
+    def _render(self, request: Mapping[str, Plain], now: datetime) -> str:
         try:
-            return self._process.render({**request, **self._constants})
+            return self._process.render({**request, **self._constants}, now)
         except TemplateFailed as error:
             raise InvalidParameter(f"the chat template fails: {_public(error)}", param="messages") from None
 

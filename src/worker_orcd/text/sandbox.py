@@ -7,8 +7,8 @@ or `2 ** 10**10`: an alarm that ends the process, a bound on its address space, 
 Imports nothing of worker_orcd, so that starting it takes a tenth of a second.
 
 Frames on stdin and stdout are a length in 8 bytes, big-endian, and that much JSON in UTF-8 (lone surrogates
-pass). The first request is `{"source": …}`, the others are `{"variables": {…}}`; a reply is `{"text": …}` or
-`{"error": …}`.
+pass). The first request is `{"source": …}`, the others are `{"variables": {…}, "now": "2026-11-25T12:00"}`; a
+reply is `{"text": …}` or `{"error": …}`.
 """
 
 from __future__ import annotations
@@ -55,10 +55,6 @@ def raise_exception(message: object) -> None:
     raise TemplateError(str(message))
 
 
-def strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def tojson(
     value: object,
     ensure_ascii: bool = False,
@@ -72,7 +68,17 @@ def tojson(
     )
 
 
-def environment() -> ImmutableSandboxedEnvironment:
+class Clock:
+    """What time it is for templates: that of the request, so that it does not depend on who renders when."""
+
+    def __init__(self) -> None:
+        self.now = datetime.min
+
+    def strftime_now(self, form: str) -> str:
+        return self.now.strftime(form)
+
+
+def environment(clock: Clock) -> ImmutableSandboxedEnvironment:
     """What `transformers` gives to templates, without Jinja's text generators."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
@@ -80,7 +86,7 @@ def environment() -> ImmutableSandboxedEnvironment:
     made.filters["tojson"] = tojson
     for name in ("lipsum", "cycler", "joiner"):
         made.globals.pop(name, None)
-    ours: dict[str, Any] = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    ours: dict[str, Any] = {"raise_exception": raise_exception, "strftime_now": clock.strftime_now}
     cast("dict[str, Any]", made.globals).update(ours)
     return made
 
@@ -139,7 +145,8 @@ def _write(stream: BinaryIO, reply: dict[str, str]) -> None:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     seconds, max_chars = float(settings["seconds"]), int(settings["max_chars"])
-    env = environment()
+    clock = Clock()
+    env = environment(clock)
     confine(int(settings["memory_bytes"]))
     compiled: list[Template] = []
 
@@ -147,6 +154,7 @@ def main() -> None:
         if "source" in request:
             compiled.append(env.from_string(request["source"]))
             return ""
+        clock.now = datetime.fromisoformat(request["now"])
         return render(compiled[0], request["variables"], max_chars)
 
     while (request := _read(sys.stdin.buffer)) is not None:

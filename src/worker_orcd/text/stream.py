@@ -18,11 +18,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from worker_orcd.text.regions import Message
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     text: str  # may be empty: the token's text is held back
     stopped: str | None = None  # the stop string that matched; nothing after it will be emitted
+    message: Message | None = None  # whose text it is, where messages are told apart; None: of none
 
 
 @dataclass(slots=True)
@@ -65,38 +68,31 @@ def _advance(state: _State, character: str, root: _State) -> _State:
         state = state.fallback
 
 
-class TextStream:
-    """One answer being streamed. What is emitted is append-only, and never contains a stop string.
+class StopStrings:
+    """The stop strings of a request, prepared once: they may be looked for in several texts."""
 
-    An empty stop string matches nothing. After a match, or `finish`, nothing more is emitted.
-    """
-
-    def __init__(self, stop: Sequence[str] = ()) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, stop: Sequence[str]) -> None:
+        """An empty stop string matches nothing."""
         self._root = _automaton(stop)
-        self._state = self._root
+
+    def matcher(self) -> StopMatcher:
+        """For a text that begins now."""
+        return StopMatcher(self._root)
+
+
+class StopMatcher:
+    """Holds back what may be the beginning of a stop string. After a match, nothing more is emitted."""
+
+    def __init__(self, root: _State) -> None:
+        self._root = root
+        self._state = root
         self._held = ""  # the last `_state.depth` characters: perhaps the beginning of a stop string
         self._stopped: str | None = None
-        self._finished = False
 
-    def push(self, token: bytes) -> Delta:
-        """Text that is now certain: no partial characters, no possible beginning of a stop string."""
-        if self._finished or self._stopped is not None:
+    def push(self, text: str) -> Delta:
+        """Text that is now certain to be no part of a stop string."""
+        if self._stopped is not None:
             return Delta("", self._stopped)
-        return self._match(self._decoder.decode(token))
-
-    def finish(self) -> Delta:
-        """What was held back; bytes that never became valid UTF-8 as U+FFFD."""
-        if self._finished or self._stopped is not None:
-            return Delta("", self._stopped)
-        self._finished = True
-        delta = self._match(self._decoder.decode(b"", final=True))
-        if delta.stopped is None:
-            delta = Delta(delta.text + self._held)
-        self._held = ""
-        return delta
-
-    def _match(self, text: str) -> Delta:
         if not self._root.children:
             return Delta(text)
         known = self._held + text
@@ -111,3 +107,32 @@ class TextStream:
         certain = len(known) - state.depth
         self._held = known[certain:]
         return Delta(known[:certain])
+
+    def finish(self) -> Delta:
+        """What was held back: the text is over, and a new one may begin."""
+        held, self._held, self._state = self._held, "", self._root
+        return Delta(held, self._stopped)
+
+
+class TextStream:
+    """One answer being streamed. What is emitted is append-only, and never contains a stop string.
+
+    An empty stop string matches nothing. After a match, or `finish`, nothing more is emitted.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._matcher = StopStrings(stop).matcher()
+        self._finished = False
+
+    def push(self, token: bytes) -> Delta:
+        """Text that is now certain: no partial characters, no possible beginning of a stop string."""
+        return self._matcher.push("" if self._finished else self._decoder.decode(token))
+
+    def finish(self) -> Delta:
+        """What was held back; bytes that never became valid UTF-8 as U+FFFD."""
+        if self._finished:
+            return self._matcher.push("")
+        self._finished = True
+        delta = self._matcher.push(self._decoder.decode(b"", final=True))
+        return Delta(delta.text + self._matcher.finish().text, delta.stopped)

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -49,12 +50,12 @@ class TemplateProcess:
         with self._lock:
             self._start()
 
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """`variables`: plain JSON data. Raises TemplateFailed."""
+    def render(self, variables: Mapping[str, Any], now: datetime) -> str:
+        """`variables`: plain JSON data. `now`: what `strftime_now` tells. Raises TemplateFailed."""
         with self._lock:
             if self._process is None:
                 self._start()
-            return self._ask({"variables": variables})
+            return self._ask({"variables": variables, "now": now.isoformat()})
 
     def close(self) -> None:
         """Ends the process; the next rendering would start it again."""

@@ -29,6 +29,7 @@ from worker_orcd.text.vocabulary import (
     Vocabulary,
     end_of_generation,
     read_vocabulary,
+    speaks_harmony,
 )
 
 Kind = Literal["gguf-bpe", "hf-json"]
@@ -54,6 +55,7 @@ class TokenizerParts:
     eos_id: int | None
     adds_bos: bool
     end_of_generation: frozenset[int]
+    speaks_harmony: bool
 
 
 class Tokenizer:
@@ -72,6 +74,7 @@ class Tokenizer:
     control_ids: frozenset[int]  # tokens that no user text may produce
     control_texts: frozenset[str]  # their names
     strips_leading_space: bool  # see `stream_bytes`
+    speaks_harmony: bool  # its answers are messages in the Harmony format
     filler: str  # a character that is in none of them
 
     def __init__(self, parts: TokenizerParts) -> None:
@@ -84,6 +87,7 @@ class Tokenizer:
         self.control_ids = frozenset(parts.control)
         self.control_texts = frozenset(token.content for token in parts.control.values())
         self.strips_leading_space = parts.strips_leading_space
+        self.speaks_harmony = parts.speaks_harmony
         self._plain = parts.plain
         self._special = parts.special
         self._bytes = parts.token_bytes
@@ -172,6 +176,10 @@ class Tokenizer:
     def starts_text(self, prompt: Sequence[int]) -> bool:
         """Whether a token after this prompt begins a text rather than continuing one."""
         return not prompt or prompt[-1] in self.control_ids
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether it stands for text: control tokens do not, nor do rows that pad the network's output."""
+        return token_id < self.vocab_size and token_id not in self.control_ids
 
     def token_text(self, token_id: int) -> str:
         """For people and logprobs: the token's text, with U+FFFD for partial characters."""
@@ -265,6 +273,7 @@ def _from_vocabulary(vocabulary: Vocabulary) -> Tokenizer:
             eos_id=vocabulary.eos_id,
             adds_bos=vocabulary.adds_bos,
             end_of_generation=vocabulary.end_of_generation,
+            speaks_harmony=vocabulary.speaks_harmony,
         )
     )
 
@@ -292,5 +301,6 @@ def _from_json(metadata: Metadata, path: Path) -> Tokenizer:
             eos_id=eos if eos is not None else next((names[t] for t in TURN_ENDS if t in names), None),
             adds_bos=adds_bos and bos is not None,
             end_of_generation=ends,
+            speaks_harmony=speaks_harmony(names, metadata),
         )
     )

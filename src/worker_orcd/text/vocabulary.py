@@ -7,7 +7,7 @@ builders panic, or worse go on, where a vocabulary contradicts itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -41,6 +41,9 @@ TURN_ENDS = (
     "<|eom_id|>",
     "<|call|>",
 )
+# By which the messages of the Harmony format are told apart. All of them together are in no other vocabulary.
+_HARMONY = frozenset({"<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"})
+_HARMONY_PRE = ("gpt-4o", "o200k")
 _MARKUP = "</s>"  # of HTML, too: a normal token of that text is one
 
 
@@ -72,6 +75,7 @@ class Vocabulary:
     adds_bos: bool
     adds_space_prefix: bool  # llama: text starts with a space that is not in it
     end_of_generation: frozenset[int]
+    speaks_harmony: bool
 
 
 def end_of_generation(names: dict[str, int], ids: Sequence[int | None]) -> frozenset[int]:
@@ -83,6 +87,15 @@ def end_of_generation(names: dict[str, int], ids: Sequence[int | None]) -> froze
         # Harmony: <|end|> closes a message, after which the same answer goes on in another channel.
         ends.discard(names.get("<|end|>", -1))
     return frozenset(ends)
+
+
+def speaks_harmony(names: Collection[str], metadata: Metadata) -> bool:
+    """Whether a model answers in Harmony's messages, from its control tokens and what its file says of it."""
+    known = (
+        metadata.string("general.architecture", default="?") == "gpt-oss"
+        or metadata.string("tokenizer.ggml.pre", default="?") in _HARMONY_PRE
+    )
+    return known and _HARMONY.issubset(names)
 
 
 def read_vocabulary(metadata: Metadata) -> Vocabulary:
@@ -126,6 +139,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         and declared["bos"] is not None,
         adds_space_prefix=metadata.boolean("tokenizer.ggml.add_space_prefix", default=True),
         end_of_generation=end_of_generation(names, ends),
+        speaks_harmony=speaks_harmony(names, metadata),
     )
 
 
@@ -164,12 +178,14 @@ def _types(metadata: Metadata, tokens: list[str], declared: list[int | None]) ->
             if number not in known:
                 raise InvalidModelFile(f"{key}: token {i} has type {number}; known are 1 to {max(known)}")
         types = [known[number] for number in numbers]
+    harmony = {*_HARMONY, "<|constrain|>"} if _HARMONY.issubset(tokens) else set[str]()
     for i, text in enumerate(tokens):
         if types[i] == TokenType.BYTE and not BYTE_NAME.fullmatch(text):
             raise InvalidModelFile(
                 f"tokenizer.ggml.tokens: token {i}, {quoted(text)}, is a byte, but not <0x00> to <0xFF>"
             )
-        if text in TURN_ENDS and (types[i] != TokenType.NORMAL or text != _MARKUP):
+        is_end = text in TURN_ENDS and (types[i] != TokenType.NORMAL or text != _MARKUP)
+        if is_end or text in harmony:
             types[i] = TokenType.CONTROL  # some converters lose it, and then a user could end the turn
     undeclared = {TokenType.USER_DEFINED, TokenType.UNUSED} if key in metadata else {TokenType.NORMAL}
     for i in declared:
