@@ -20,8 +20,11 @@ from worker_orcd.sequence import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from worker_orcd.cli.local import LocalEngine
+    from worker_orcd.text.stream import Delta
 
 Message = dict[str, str]
+
+DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 
 HELP = """\
 /exit          leave (Ctrl-D does too)
@@ -171,26 +174,25 @@ class Chat:
         if loaded.chat_template is None:
             raise InvalidConfiguration(f"{loaded.no_chat_template}; use --raw")
         self.messages.append({"role": "user", "content": text})
-        answer = self._stream(loaded.chat_template.encode(loaded.tokenizer, self.messages))
+        answer = self._stream(loaded.chat_template.encode(loaded.tokenizer, self.messages), messages=True)
         self.messages.append({"role": "assistant", "content": answer})
 
     def complete(self, text: str) -> None:
         """Stream a continuation of the text."""
         self._stream(self.engine.loaded.tokenizer.encode(text))
 
-    def _stream(self, prompt: list[int]) -> str:
-        """Print the answer as it comes; the whole of it. Ctrl-C ends it early."""
-        from worker_orcd.text.stream import TextStream
+    def _stream(self, prompt: list[int], *, messages: bool = False) -> str:
+        """Print the answer as it comes; the whole of its content. Ctrl-C ends it early."""
+        from worker_orcd.text.detokenizer import detokenizer
 
         loaded = self.engine.loaded
         longest = loaded.engine_config.max_model_len or loaded.plan.max_model_len
         room = longest - len(prompt)
         if room < 1:
             raise RequestError(f"the prompt has {len(prompt)} tokens; at most {longest - 1} fit")
-        text = TextStream()
-        shown: list[str] = []
+        text = detokenizer(loaded.tokenizer, prompt, messages=messages)
+        screen = Screen()
         times: list[float] = []
-        first = loaded.tokenizer.starts_text(prompt)
         started = time.perf_counter()
         number = self.engine.submit(
             tuple(prompt),
@@ -204,24 +206,49 @@ class Chat:
         ):
             for when, output in outputs:
                 ends = output.finish_reason is FinishReason.STOP
-                for token in output.tokens[: len(output.tokens) - ends]:
-                    times.append(when)
-                    piece = loaded.tokenizer.stream_bytes(token.token_id, first=first)
-                    first = first and token.token_id in loaded.tokenizer.control_ids
-                    _show(text.push(piece).text, shown)
-        _show(text.finish().text, shown)
-        print()
+                num_text = len(output.tokens) - ends
+                times += [when] * num_text
+                for position, token in enumerate(output.tokens):
+                    if position < num_text or not loaded.tokenizer.is_text(token.token_id):
+                        screen.show(text.push(token.token_id))
+        screen.show(text.finish())
+        screen.end()
         if self.show_stats:
             print(_speed(len(prompt), started, times), file=sys.stderr)
-        return "".join(shown)
+        return "".join(screen.content)
 
 
-def _show(text: str, shown: list[str]) -> None:
-    """What a model says may hold escape sequences; a terminal gets none of them."""
-    shown.append(text)
-    if sys.stdout.isatty():
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    print(text, end="", flush=True)
+class Screen:
+    """Where an answer is printed. Reasoning is dim on a terminal and left out where a program reads."""
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self._terminal = sys.stdout.isatty()
+        self._dim = False
+
+    def show(self, delta: Delta) -> None:
+        """What a model says may hold escape sequences; a terminal gets none of them."""
+        is_content = delta.message is None or delta.message.kind == "content"
+        if is_content:
+            self.content.append(delta.text)
+        if not delta.text or not (is_content or self._terminal):
+            return
+        text = delta.text
+        if self._terminal:
+            text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+            text = self._style(dim=not is_content) + text
+        print(text, end="", flush=True)
+
+    def end(self) -> None:
+        if self._dim:
+            print(NORMAL, end="")
+        print(flush=True)
+
+    def _style(self, *, dim: bool) -> str:
+        if dim == self._dim:
+            return ""
+        self._dim = dim
+        return DIM if dim else NORMAL + "\n\n"
 
 
 def _speed(num_prompt_tokens: int, started: float, times: list[float]) -> str:

@@ -2,7 +2,8 @@
 
 Every sampled token gives exactly one piece, so pieces and tokens correspond; a piece's text may be empty
 while text is held back (a partial character, the possible beginning of a stop string), and what was held back
-comes with the last piece. The concatenation of all texts is the answer. Control tokens have no text.
+comes with the last piece. The concatenation of all texts is the answer. Control tokens have no text. Where a
+model answers in messages (its reasoning, a call, what the user is told), a piece names its message.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from worker_orcd.engine.messages import Output
 from worker_orcd.errors import Internal
 from worker_orcd.sequence import FinishReason, SampledToken
 from worker_orcd.server.prompt import Plan
-from worker_orcd.text.stream import TextStream
+from worker_orcd.text.detokenizer import detokenizer
+from worker_orcd.text.regions import Message
+from worker_orcd.text.stream import Delta
 from worker_orcd.text.tokenizer import Tokenizer
 
 StopReason = Literal["eos", "stop", "length"]
@@ -27,11 +30,7 @@ class Piece:
     token: SampledToken
     text: str  # that is now certain
     ends: bool  # a stop token: it ends the answer and is no part of its text
-
-
-def is_text(tokenizer: Tokenizer, token_id: int) -> bool:
-    """Whether a token stands for text: control tokens do not, nor rows that only pad the network's output."""
-    return token_id < tokenizer.vocab_size and token_id not in tokenizer.control_ids
+    message: Message | None = None  # None: the answer has no messages, or the token belongs to a header
 
 
 class Answer:
@@ -40,6 +39,8 @@ class Answer:
     def __init__(self, plan: Plan, tokenizer: Tokenizer) -> None:
         self.num_prompt_tokens = len(plan.generation.prompt_token_ids)
         self.num_cached_tokens = 0
+        self.has_messages = plan.to_messages and tokenizer.speaks_harmony
+        self.num_reasoning_tokens = 0
         self.num_tokens = 0  # sampled and delivered, a stop token included
         self.stop_reason: StopReason | None = None  # None: not finished
         self.matched: str | int | None = None  # the stop string, or the stop token that was asked for
@@ -50,8 +51,9 @@ class Answer:
         self.texts: list[str] = []  # of the pieces so far
         self._plan = plan
         self._tokenizer = tokenizer
-        self._text = TextStream(plan.stop)
-        self._first = tokenizer.starts_text(plan.generation.prompt_token_ids)
+        self._text = detokenizer(
+            tokenizer, plan.generation.prompt_token_ids, stop=plan.stop, messages=plan.to_messages
+        )
 
     @property
     def text(self) -> str:
@@ -82,6 +84,7 @@ class Answer:
             piece = self._piece(token, output.finish_reason if last else None)
             pieces.append(piece)
             self.texts.append(piece.text)
+            self.num_reasoning_tokens += piece.message is not None and piece.message.kind == "reasoning"
             if self.stop_reason is not None:
                 break
         return pieces
@@ -89,23 +92,20 @@ class Answer:
     def _piece(self, token: SampledToken, finish: FinishReason | None) -> Piece:
         index = self.num_tokens
         self.num_tokens += 1
-        text = ""
         ends = finish is FinishReason.STOP
         if ends:
             is_end = token.token_id in self._plan.end_ids
             self.stop_reason = "eos" if is_end else "stop"
             self.matched = None if is_end else token.token_id
-        elif is_text(self._tokenizer, token.token_id):
-            delta = self._text.push(self._tokenizer.stream_bytes(token.token_id, first=self._first))
-            self._first = False
-            text = delta.text
-            if delta.stopped is not None:
-                self.stop_reason, self.matched = "stop", delta.stopped
-                return Piece(index, token, text, ends=False)
-        if finish is not None:
+        delta = Delta("")
+        if not (ends and self._tokenizer.is_text(token.token_id)):  # a control token also ends a message
+            delta = self._text.push(token.token_id)
+        text, message = delta.text, delta.message
+        if finish is not None and delta.stopped is None:
             delta = self._text.finish()
             text += delta.text
-            if delta.stopped is not None:
-                self.stop_reason, self.matched = "stop", delta.stopped
+            message = delta.message or message
             self.stop_reason = self.stop_reason or "length"
-        return Piece(index, token, text, ends)
+        if delta.stopped is not None:
+            self.stop_reason, self.matched = "stop", delta.stopped
+        return Piece(index, token, text, ends, message)

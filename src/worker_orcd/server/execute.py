@@ -28,6 +28,7 @@ from worker_orcd.server.prompt import Plan, Prompt, deadline_of, plan
 from worker_orcd.server.sse import EventStream, event
 from worker_orcd.server.status import Serving
 from worker_orcd.server.wire import MAX_DEADLINE_MS, CancelRequest, ExecuteRequest
+from worker_orcd.text.regions import Channel
 
 router = APIRouter()
 
@@ -39,13 +40,18 @@ class TopLogprob(msgspec.Struct):
 
 
 class TokenEvent(msgspec.Struct, omit_defaults=True):
-    """The frame that is sent most: `t` is text that is now certain, `i` counts, `id` is the token."""
+    """The frame that is sent most: `t` is text that is now certain, `i` counts, `id` is the token.
+
+    `channel` and `recipient` are of the message it belongs to, where the model answers in messages.
+    """
 
     t: str
     i: int
     id: int
     logprob: float | msgspec.UnsetType = msgspec.UNSET
     top_logprobs: list[TopLogprob] | msgspec.UnsetType = msgspec.UNSET
+    channel: Channel | msgspec.UnsetType = msgspec.UNSET
+    recipient: str | msgspec.UnsetType = msgspec.UNSET
 
 
 @router.post(
@@ -64,7 +70,7 @@ async def execute(
 
     async def prepare() -> Plan:
         (ids,) = await job.encode(_prompt(body))
-        return plan(
+        planned = plan(
             context,
             job.serving,
             body,
@@ -73,6 +79,7 @@ async def execute(
             logprobs=body.logprobs,
             deadline=deadline,
         )
+        return planned if body.messages is None else planned.answering_messages()
 
     try:
         prepared = await unless_gone(request, prepare)
@@ -150,6 +157,10 @@ def _token(serving: Serving, piece: Piece) -> TokenEvent:
                 TopLogprob(token_id, _text(serving, token_id), logprob)
                 for token_id, logprob in token.top_logprobs
             ]
+    if piece.message is not None:
+        told.channel = piece.message.channel
+        if piece.message.recipient is not None:
+            told.recipient = piece.message.recipient
     return told
 
 

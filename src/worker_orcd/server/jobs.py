@@ -63,7 +63,7 @@ class Job:
         events: dict[Outcome, Event] = {"cancelled": "cancel", "error": "error"}
         narration = self.context.narration
         completion: dict[str, Any] = narration.text_fields(
-            "completion", "".join(answer.text for answer in self._answers)
+            "completion", "".join(text for answer in self._answers for text in answer.texts)
         )
         narration.tell(
             events.get(self._outcome, "execute_end"),

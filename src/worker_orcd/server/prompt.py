@@ -49,6 +49,11 @@ class Plan:
     generation: Generation
     stop: tuple[str, ...]
     end_ids: frozenset[int]  # of the stop tokens, those that mean the end of an answer
+    to_messages: bool = False  # the answer is to messages, so a model may give it in messages
+
+    def answering_messages(self) -> Plan:
+        """The plan where the chat template made the prompt."""
+        return dataclasses.replace(self, to_messages=True)
 
     def choice(self, index: int) -> Plan:
         """The plan of the `index`th answer to the same prompt: the seed counts up."""
@@ -64,7 +69,7 @@ def encode(context: Context, serving: Serving, prompt: Prompt) -> tuple[int, ...
         return tuple(prompt.token_ids)
     tokenizer = serving.tokenizer
     if prompt.messages is not None:
-        require_short(context, sum(len(message.content) for message in prompt.messages), prompt.param)
+        require_short(context, sum(message.num_chars for message in prompt.messages), prompt.param)
         if serving.chat_template is None:
             raise InvalidParameter(
                 f"there is nothing to make a prompt of messages with: {serving.no_chat_template}"

@@ -57,7 +57,7 @@ async def apply_template(
     template = serving.chat_template
     if template is None:
         raise InvalidParameter(f"there is no chat template to apply: {serving.no_chat_template}")
-    require_short(context, sum(len(message.content) for message in body.messages), "messages")
+    require_short(context, sum(message.num_chars for message in body.messages), "messages")
     messages = [message.for_template() for message in body.messages]
     prompt = await context.in_thread(
         lambda: template.render(messages, add_generation_prompt=body.add_generation_prompt)

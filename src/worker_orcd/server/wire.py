@@ -24,6 +24,7 @@ MAX_COUNT = 2**31 - 1  # of anything counted in tokens
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "reasoning")  # of an assistant's message; vLLM uses both names
 
 _STOP_RULE = f"a text or a list of at most {MAX_STOP_STRINGS} texts, each of 1 to {MAX_STOP_CHARS} characters"
 _BIAS_RULE = f"an object of at most {MAX_BIASES} token ids with a number from -100 to 100 each"
@@ -110,17 +111,34 @@ class Message(Wire):
             message["content"] = ""
         if isinstance(message.get("content"), list):
             message["content"] = "\n".join(_text_part(part) for part in message["content"])
+        for name in REASONING if role == "assistant" else ():
+            if not isinstance(message.get(name), str | None):
+                raise ValueError(f"{name}: found {shown(message.get(name))}; allowed: a text")
         if not isinstance(message.get("content"), str):
             raise ValueError(
                 f"content: found {shown(message.get('content'))}; allowed: a text, or text parts"
             )
         return message
 
+    @property
+    def reasoning(self) -> str:
+        """Of an assistant's message: what clients send back as they got it, under either of its names."""
+        extra = self.model_extra or {} if self.role == "assistant" else {}
+        return next((extra[name] for name in REASONING if extra.get(name)), "")
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.content) + len(self.reasoning)
+
     def for_template(self) -> dict[str, str]:
         """What a chat template sees. Models know no `developer`: it is OpenAI's newer name for `system`."""
         seen = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         name = (self.model_extra or {}).get("name")
-        return {**seen, "name": name} if isinstance(name, str) else seen
+        if isinstance(name, str):
+            seen["name"] = name
+        if self.reasoning:  # gpt-oss' template calls it thinking, Qwen3's reasoning_content
+            seen |= {"thinking": self.reasoning, "reasoning_content": self.reasoning}
+        return seen
 
 
 def _text_part(part: object) -> str:

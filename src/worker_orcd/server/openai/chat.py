@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated
 
@@ -10,6 +10,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from worker_orcd.server.answer import Piece
 from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
 from worker_orcd.server.disconnect import unless_gone
@@ -27,6 +28,7 @@ from worker_orcd.server.openai.choices import (
     usage_of,
 )
 from worker_orcd.server.openai.logprobs import ChatLogprobs, chat_logprobs
+from worker_orcd.server.openai.parts import Parts, Splitter
 from worker_orcd.server.openai.wire import ChatRequest
 from worker_orcd.server.prompt import Prompt, plan
 from worker_orcd.server.sse import EventStream, data
@@ -36,6 +38,7 @@ router = APIRouter(prefix="/v1")
 
 class ChatMessage(msgspec.Struct):
     content: str
+    reasoning_content: str | msgspec.UnsetType | None = msgspec.UNSET  # unset: of a model without messages
     role: str = "assistant"
     refusal: None = None
 
@@ -60,6 +63,7 @@ class ChatCompletion(msgspec.Struct):
 
 class Delta(msgspec.Struct, omit_defaults=True):
     role: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -105,7 +109,7 @@ async def chat_completions(
             deadline=call.deadline,
         )
         job.begin(planned)
-        return choices_of([planned], body.n, job.serving.tokenizer)
+        return choices_of([planned.answering_messages()], body.n, job.serving.tokenizer)
 
     async def answer() -> JSON:
         choices = await prepare()
@@ -126,18 +130,36 @@ async def chat_completions(
 
 
 def _completion(call: Call, body: ChatRequest, choices: list[Choice]) -> ChatCompletion:
-    tokenizer = call.job.serving.tokenizer
     told = [
         ChatChoice(
             choice.index,
-            ChatMessage(choice.answer.text),
-            chat_logprobs(tokenizer, choice.pieces) if body.logprobs else None,
+            _message(choice),
+            _logprobs(call, choice, choice.pieces) if body.logprobs else None,
             choice.finish_reason,
             choice.answer.matched,
         )
         for choice in choices
     ]
     return ChatCompletion(*call.envelope, told, usage_of(choices, body.n))
+
+
+def _message(choice: Choice) -> ChatMessage:
+    reasoning, content = Splitter().split(choice.pieces)
+    message = ChatMessage(content)
+    if choice.answer.has_messages:
+        message.reasoning_content = reasoning or None
+    return message
+
+
+def _logprobs(call: Call, choice: Choice, pieces: Sequence[Piece]) -> ChatLogprobs:
+    return chat_logprobs(call.job.serving.tokenizer, pieces, has_messages=choice.answer.has_messages)
+
+
+def _delta(parts: Parts) -> Delta:
+    """Reasoning comes first: it does so in an answer, and a chunk rarely has both."""
+    if parts.reasoning and not parts.content:
+        return Delta(reasoning_content=parts.reasoning)
+    return Delta(reasoning_content=parts.reasoning or msgspec.UNSET, content=parts.content)
 
 
 async def _frames(call: Call, body: ChatRequest, choices: list[Choice]) -> AsyncGenerator[bytes, None]:
@@ -149,18 +171,17 @@ async def _frames(call: Call, body: ChatRequest, choices: list[Choice]) -> Async
         usage = usage_of(choices, body.n) if continuous else told_usage
         return data(ChatChunk(*call.envelope, [part], usage))
 
-    tokenizer = call.job.serving.tokenizer
-    introduced: set[int] = set()
+    splitters: dict[int, Splitter] = {}
     try:
         async with aclosing(stream(call.job, choices)) as news:
             async for choice, pieces, complete_now in news:
-                if choice.index not in introduced:
-                    introduced.add(choice.index)
+                if choice.index not in splitters:
+                    splitters[choice.index] = Splitter()
                     yield chunk(ChunkChoice(choice.index, Delta(role="assistant", content="")))
-                text = "".join([piece.text for piece in pieces])
-                logprobs = chat_logprobs(tokenizer, pieces) if body.logprobs else None
-                if text or (logprobs is not None and logprobs.content):
-                    yield chunk(ChunkChoice(choice.index, Delta(content=text), logprobs))
+                parts = splitters[choice.index].split(pieces)
+                logprobs = _logprobs(call, choice, pieces) if body.logprobs else None
+                if any(parts) or (logprobs is not None and logprobs.content):
+                    yield chunk(ChunkChoice(choice.index, _delta(parts), logprobs))
                 if complete_now:
                     matched = choice.answer.matched
                     yield chunk(ChunkChoice(choice.index, Delta(), None, choice.finish_reason, matched))

@@ -45,11 +45,16 @@ class PromptDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(slots=True)
@@ -146,7 +151,11 @@ def usage_of(choices: Sequence[Choice], n: int) -> Usage:
     prompt = sum(answer.num_prompt_tokens for answer in firsts)
     completion = sum(choice.answer.num_tokens for choice in choices)
     cached = PromptDetails(sum(answer.num_cached_tokens for answer in firsts))
-    return Usage(prompt, completion, prompt + completion, cached)
+    usage = Usage(prompt, completion, prompt + completion, cached)
+    if any(choice.answer.has_messages for choice in choices):
+        reasoning = sum(choice.answer.num_reasoning_tokens for choice in choices)
+        usage.completion_tokens_details = CompletionDetails(reasoning)
+    return usage
 
 
 def error_frames(job: Job, error: Exception) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from worker_orcd.server.answer import Piece, is_text
+from worker_orcd.server.answer import Piece
 from worker_orcd.text.tokenizer import Tokenizer
 
 _UNLIKELY = -9999.0
@@ -42,16 +42,21 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> ChatLogprobs:
-    """`choices[].logprobs` of a chat completion or of a chunk of one."""
+def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece], *, has_messages: bool) -> ChatLogprobs:
+    """`choices[].logprobs` of a chat completion or of a chunk of one. Of messages, the tokens of content."""
     content: list[ContentLogprob] = []
     for piece in pieces:
-        if piece.ends:
+        if piece.ends or (has_messages and not _is_content(tokenizer, piece)):
             continue
         own = _entry(tokenizer, piece.token.token_id, piece.token.logprob)
         top = [_entry(tokenizer, token_id, logprob) for token_id, logprob in piece.token.top_logprobs]
         content.append(ContentLogprob(own.token, own.logprob, own.bytes, top))
     return ChatLogprobs(content)
+
+
+def _is_content(tokenizer: Tokenizer, piece: Piece) -> bool:
+    spoken = piece.message is not None and piece.message.kind == "content"
+    return spoken and tokenizer.is_text(piece.token.token_id)
 
 
 def _entry(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> TokenLogprob:
@@ -90,7 +95,7 @@ class CompletionOffsets:
             }
             told.top_logprobs.append(top | {text: own})
             told.text_offset.append(self._num_chars)
-            if is_text(self._tokenizer, token.token_id):
+            if self._tokenizer.is_text(token.token_id):
                 self._num_chars += len(self._decoder.decode(self._tokenizer.token_bytes(token.token_id)))
         return told
 

@@ -11,6 +11,7 @@ from worker_orcd.server.wire import MAX_COUNT, MAX_MESSAGES, MAX_SEED, Messages,
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
+MAX_IDENTITY = 1024  # characters of what a model is told that it is
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
 _PROMPT_RULE = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either; none of them empty"
@@ -99,10 +100,15 @@ class CompletionRequest(OpenAIRequest):
         return self
 
 
+Effort = Annotated[str | None, Field(min_length=1, max_length=32)]
+
+
 class TemplateFields(Wire):
     """What may be told to a chat template besides the messages."""
 
     enable_thinking: bool | None = None
+    reasoning_effort: Effort = None
+    model_identity: Annotated[str | None, Field(min_length=1, max_length=MAX_IDENTITY)] = None
 
 
 class ChatRequest(OpenAIRequest):
@@ -112,7 +118,7 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=MAX_COUNT)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    reasoning_effort: Annotated[str | None, Field(min_length=1, max_length=32)] = None
+    reasoning_effort: Effort = None
     chat_template_kwargs: TemplateFields | None = None
 
     @model_validator(mode="after")
