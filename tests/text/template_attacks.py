@@ -22,6 +22,7 @@ ESCAPES = """
 {{ raise_exception.__closure__[0] }}
 {{ raise_exception.__builtins__['eval']('1') }}
 {{ strftime_now.__globals__.sys.exit(1) }}
+{{ strftime_now.__func__.__globals__.sys.exit(1) }}{{ strftime_now.__self__.now }}
 {{ strftime_now.__globals__['__builtins__']['open']('{canary}', 'w').write('x') }}
 {{ namespace.__init__.__globals__.os.popen('id').read() }}
 {{ namespace()._Namespace__attrs.__class__.__mro__[1].__subclasses__() }}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from text_conversations import CONVERSATIONS, TEMPLATES, user
 from text_vocabularies import Vocabularies, tiny_bpe
 
 from worker_orcd.errors import InvalidModelFile, InvalidParameter
@@ -20,15 +21,10 @@ from worker_orcd.text.chat import ROLES, ChatTemplate
 from worker_orcd.text.template_process import RenderLimits
 from worker_orcd.text.tokenizer import Tokenizer, load_tokenizer
 
-TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 TINY = load_tokenizer(tiny_bpe())
 START, STOP = TINY.vocab_size - 2, TINY.vocab_size - 1
 
 SIMPLE = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}"
-
-
-def user(content: Any, **others: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content, **others}
 
 
 @pytest.fixture
@@ -55,91 +51,6 @@ def test_smollm2_prompts(smollm2: Tokenizer, smollm2_template: ChatTemplate) -> 
         messages = [user(prompt["prompt"])]
         assert smollm2_template.render(messages) == prompt["text"]
         assert smollm2_template.encode(smollm2, messages) == prompt["ids"]
-
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": 'The weather <now> & "here", à l\'instant',
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "description": "Where, e.g. 東京"},
-                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"], "default": "celsius"},
-                "days": {"type": ["integer", "null"]},
-                "at": {"type": "array", "items": {"type": "number"}},
-            },
-            "required": ["city"],
-        },
-    },
-}
-CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {
-            "id": "1",
-            "type": "function",
-            "function": {"name": "weather", "arguments": {"city": "東京", "days": 2}},
-        }
-    ],
-}
-CONVERSATIONS: dict[str, dict[str, Any]] = {
-    "one": {"messages": [user("Hi")]},
-    "no generation prompt": {"messages": [user("Hi")], "add_generation_prompt": False},
-    "system": {"messages": [{"role": "system", "content": "Be brief."}, user(" 日本語? 🚀\n\n")]},
-    "turns": {
-        "messages": [
-            user("1 < 2?"),
-            {"role": "assistant", "content": "Yes.\n"},
-            user("{{ 7 * 7 }} {% raw %}"),
-        ],
-    },
-    "tools": {"messages": [user("Weather in Tokyo?")], "tools": [WEATHER]},
-    "calls": {
-        "messages": [
-            {"role": "system", "content": "Use tools."},
-            user("Weather in Tokyo?"),
-            CALL,
-            {"role": "tool", "content": '{"sky": "clear"}'},
-            {"role": "assistant", "content": "Clear."},
-            user("Thanks"),
-        ],
-        "tools": [WEATHER],
-    },
-    "thinking": {
-        "messages": [
-            user("2+2?"),
-            {"role": "assistant", "content": "4", "thinking": "Adding."},
-            user("3+3?"),
-        ],
-        "extra": {"reasoning_effort": "high", "model_identity": "You are a test."},
-    },
-}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the other library
-@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda p: p.stem)
-def test_as_transformers_renders_them(path: Path) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    source = path.read_text()
-    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
-    for name, conversation in CONVERSATIONS.items():
-        theirs, _ = render_jinja_template(
-            [json.loads(json.dumps(conversation["messages"]))],
-            tools=conversation.get("tools"),
-            chat_template=source,
-            add_generation_prompt=conversation.get("add_generation_prompt", True),
-            bos_token="<s>",
-            eos_token="</s>",
-            **conversation.get("extra", {}),
-        )
-        assert template.render(**conversation) == theirs[0], name
-        assert len(theirs[0]) > 10
-    template.close()
 
 
 def test_an_encoded_prompt_is_the_rendered_text(vocabularies: Vocabularies) -> None:

@@ -24,7 +24,7 @@ MAX_COUNT = 2**31 - 1  # of anything counted in tokens
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING = ("reasoning_content", "reasoning")  # of an assistant's message; vLLM uses both names
+REASONING = ("reasoning_content", "thinking", "reasoning")  # of an assistant's message, by any of its names
 
 _STOP_RULE = f"a text or a list of at most {MAX_STOP_STRINGS} texts, each of 1 to {MAX_STOP_CHARS} characters"
 _BIAS_RULE = f"an object of at most {MAX_BIASES} token ids with a number from -100 to 100 each"
@@ -122,7 +122,7 @@ class Message(Wire):
 
     @property
     def reasoning(self) -> str:
-        """Of an assistant's message: what clients send back as they got it, under either of its names."""
+        """Of an assistant's message: what clients send back as they got it."""
         extra = self.model_extra or {} if self.role == "assistant" else {}
         return next((extra[name] for name in REASONING if extra.get(name)), "")
 

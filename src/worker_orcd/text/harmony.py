@@ -16,11 +16,13 @@ Models write headers that are none of this: in one turn of 25 at temperature 1, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import codecs
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from worker_orcd.text.regions import CHANNELS, Channel, Message
+from worker_orcd.text.stream import Delta, StopMatcher, StopStrings
 
 MAX_HEADER = 256  # characters; names of functions have up to 64
 DEFAULT: Channel = "final"  # of a message whose header names no channel
@@ -271,3 +273,65 @@ class HarmonyScanner:
         if header.interrupted is not None and not understood:
             self.current = header.interrupted
         return Segment(self.current, header.rest() + more)
+
+
+class HarmonyStream:
+    """Bytes and control tokens of one answer to text of messages; see `TextStream`.
+
+    Stop strings are looked for in content only: reasoning restates the question and calls are data, and
+    callers want to cut neither. They do not match across messages, nor characters across control tokens.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._scanner = HarmonyScanner()
+        self._stop = StopStrings(stop)
+        self._matched: tuple[Message, StopMatcher] | None = None  # the message whose content is being read
+        self._stopped: str | None = None
+
+    def text(self, token: bytes) -> Delta:
+        """An ordinary token."""
+        if self._stopped is not None:
+            return Delta("", self._stopped)
+        segment = self._scanner.text(self._decoder.decode(token))
+        return self._told([segment], self._scanner.current)
+
+    def control(self, control: Control | None) -> Delta:
+        """A control token; None: one that means nothing here."""
+        if self._stopped is not None:
+            return Delta("", self._stopped)
+        current = self._scanner.current
+        segments = [self._scanner.text(self._decoder.decode(b"", final=True))]
+        if control is not None:
+            segments.append(self._scanner.control(control))
+        return self._told(segments, current)
+
+    def finish(self) -> Delta:
+        """What was held back. Nothing comes after it."""
+        if self._stopped is not None:
+            return Delta("", self._stopped)
+        current = self._scanner.current
+        segments = [self._scanner.text(self._decoder.decode(b"", final=True)), self._scanner.finish()]
+        self._scanner = HarmonyScanner()
+        return self._told(segments, current)
+
+    def _told(self, segments: Sequence[Segment | None], message: Message | None) -> Delta:
+        """The text that is certain, all of one message, and what was held back of a message that is over."""
+        texts: list[str] = []
+        for segment in segments:
+            if segment is not None and segment.text:
+                message = segment.message
+                texts.append(self._match(message, segment.text))
+        if self._matched is not None and self._matched[0] is not self._scanner.current:
+            texts.append(self._matched[1].finish().text)
+            self._matched = None
+        return Delta("".join(texts), self._stopped, message)
+
+    def _match(self, message: Message, text: str) -> str:
+        if message.kind != "content":
+            return text
+        if self._matched is None or self._matched[0] is not message:
+            self._matched = (message, self._stop.matcher())
+        delta = self._matched[1].push(text)
+        self._stopped = delta.stopped
+        return delta.text
