@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 import unicodedata
 from itertools import islice
 
-import numpy as np
 import pytest
 from text_vocabularies import VOCAB, Vocabularies
 
-from worker_orcd.gguf.metadata import Metadata
-from worker_orcd.text.tokenizer import Tokenizer, load_tokenizer
+from worker_orcd.text.tokenizer import Tokenizer
 
 GGUF_NAMES = sorted(
     p.name.removeprefix("ggml-vocab-").removesuffix(".gguf.xz") for p in VOCAB.glob("*.gguf.xz")
@@ -113,28 +110,7 @@ def test_qwen_from_gguf_as_its_tokenizer_json(vocabularies: Vocabularies) -> Non
 def test_o200k_from_gguf_as_its_tokenizer_json(vocabularies: Vocabularies) -> None:
     """GPT-OSS: metadata made from its tokenizer.json, as a converter would, gives the same ids and bytes."""
     theirs = vocabularies.tokenizer("gpt-oss.tokenizer.json")
-    document = json.loads(vocabularies.path("gpt-oss.tokenizer.json").read_bytes())
-    tokens = [f"[PAD{i}]" for i in range(theirs.vocab_size)]
-    types = np.full(len(tokens), 5, np.int32)
-    for text, i in document["model"]["vocab"].items():
-        tokens[i], types[i] = text, 1
-    for added in document["added_tokens"]:
-        tokens[added["id"]], types[added["id"]] = added["content"], 3
-    merges = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
-    ours = load_tokenizer(
-        Metadata(
-            {
-                "general.architecture": "gpt-oss",
-                "tokenizer.ggml.model": "gpt2",
-                "tokenizer.ggml.pre": "gpt-4o",
-                "tokenizer.ggml.tokens": list(tokens),
-                "tokenizer.ggml.token_type": types,
-                "tokenizer.ggml.merges": list(merges),
-                "tokenizer.ggml.bos_token_id": 199998,
-                "tokenizer.ggml.eos_token_id": 200002,
-            }
-        )
-    )
+    ours = vocabularies.tokenizer("gpt-oss in GGUF")
     texts = hostile_strings(4, 1500)
     texts += ["<|start|>user<|message|>HTTPServer I'LL x+=1//\n<|end|><|call|>", "ʰªǅ ΑΒΓ straßeİi 12345"]
     for special in (False, True):

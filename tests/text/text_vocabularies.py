@@ -18,7 +18,7 @@ VOCAB = Path(__file__).parents[1] / "data" / "vocab"
 
 
 class Vocabularies:
-    """`tests/data/vocab` by name: `phi-3` (a GGUF) or `qwen2.5.tokenizer.json`."""
+    """`tests/data/vocab` by name: `phi-3` (a GGUF), `qwen2.5.tokenizer.json` or `qwen2.5 in GGUF`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -38,9 +38,43 @@ class Vocabularies:
             return file.metadata
 
     def _load(self, name: str) -> Tokenizer:
+        if name.endswith(" in GGUF"):
+            return load_tokenizer(converted(self, name.removesuffix(" in GGUF")))
         if name.endswith(".json"):
             return load_tokenizer(Metadata({}), self.path(name))
         return load_tokenizer(self.metadata(name))
+
+
+CONVERTED: dict[str, dict[str, Any]] = {
+    "gpt-oss": {"rows": 201_088, "pre": "gpt-4o", "bos": 199_998, "eos": 200_002},
+    "qwen2.5": {"rows": 151_936, "pre": "qwen2", "bos": 151_643, "eos": 151_645},
+}
+
+
+def converted(vocabularies: Vocabularies, model: str) -> Metadata:
+    """A vocabulary as a converter writes it into a GGUF file, from the tokenizer.json of `model`."""
+    document = json.loads(vocabularies.path(f"{model}.tokenizer.json").read_bytes())
+    about = CONVERTED[model]
+    tokens = [f"[PAD{i}]" for i in range(about["rows"])]
+    types = np.full(len(tokens), 5, np.int32)
+    for text, i in document["model"]["vocab"].items():
+        tokens[i], types[i] = text, 1
+    for added in document["added_tokens"]:
+        tokens[added["id"]], types[added["id"]] = added["content"], 3 if added["special"] else 4
+    merges = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
+    return Metadata(
+        {
+            "general.architecture": model.replace("2.5", "2"),
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": about["pre"],
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.bos_token_id": about["bos"],
+            "tokenizer.ggml.eos_token_id": about["eos"],
+            "tokenizer.ggml.add_bos_token": False,
+        }
+    )
 
 
 def tiny_bpe(**changes: Any) -> Metadata:
