@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 
 import pytest
+from harmony_streams import Item, cut, items_of
 from text_vocabularies import Vocabularies
 
 from worker_orcd.text.chat import ChatTemplate
+from worker_orcd.text.harmony import CONTROLS, HarmonyStream
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +44,23 @@ def test_encoding(name: str, vocabularies: Vocabularies) -> None:
 def test_decoding(vocabularies: Vocabularies) -> None:
     tokenizer = vocabularies.tokenizer("phi-3")
     check(lambda text: tokenizer.decode(list(map(ord, text))), "\x03")
+
+
+@pytest.mark.parametrize("start", ["", "<|channel|>final<|message|>"])
+def test_harmony_streams(start: str) -> None:
+    for unit in ("<|channel|>", "<|start|>assistant", "<|constrain|>", "to=", "<|channel|>final", "ababab"):
+        pieces = list(cut(items_of(unit), []))
+
+        def work(text: str, pieces: list[Item] = pieces, unit: str = unit) -> None:
+            stream = HarmonyStream(["abababababac", "c"])
+            for item in [*cut(items_of(start), []), *pieces * (len(text) // len(unit))]:
+                if isinstance(item, str):
+                    stream.control(CONTROLS[item])
+                else:
+                    stream.text(item)
+            stream.finish()
+
+        check(work, unit)
 
 
 def test_messages_full_of_control_tokens(vocabularies: Vocabularies) -> None:

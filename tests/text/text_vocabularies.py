@@ -94,6 +94,35 @@ def tiny_bpe(**changes: Any) -> Metadata:
     return _changed(values, changes)
 
 
+HARMONY_NAMES = [
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+]
+
+
+def tiny_harmony(**changes: Any) -> Metadata:
+    """The 256 bytes in their order, the control tokens of Harmony, and <|endoftext|>."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    tokens = [*(letters[byte] for byte in range(256)), *HARMONY_NAMES, "<|endoftext|>"]
+    values = {
+        "general.architecture": "gpt-oss",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-4o",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3] * (len(tokens) - 256),
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": tokens.index("<|return|>"),
+    }
+    return _changed(values, changes)
+
+
 def tiny_spm(**changes: Any) -> Metadata:
     """A SentencePiece vocabulary: <unk> <s> </s>, the 256 bytes, ▁ a b, and ▁a ab ▁ab."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
