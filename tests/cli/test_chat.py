@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 
+from worker_orcd.cli.chat import Screen
+from worker_orcd.text.regions import Message
+from worker_orcd.text.stream import Delta
+
 SMALL = ("--kv-cache-size-mb", "64", "--max-num-seqs", "2", "--cpu-threads", "1")
 GREEDY = (*SMALL, "--temperature", "0")
 
@@ -116,6 +120,41 @@ class Terminal:
             self.process.kill()
         self.process.wait()
         os.close(self._master)
+
+
+class FakeTerminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+REASONED = [("Hm\x1b[2J.", "analysis"), ("", None), (" So", "analysis"), ("Four", "final"), (".", "final")]
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (StringIO(), "Four.\n"),
+        (FakeTerminal(), "\x1b[2mHm\ufffd[2J. So\x1b[0m\n\nFour.\n"),
+    ],
+)
+def test_reasoning_is_dim_and_only_for_terminals(
+    output: StringIO, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", output)
+    screen = Screen()
+    for text, channel in REASONED:
+        screen.show(Delta(text, message=None if channel is None else Message(channel)))
+    screen.end()
+    assert output.getvalue() == expected
+    assert "".join(screen.content) == "Four."
+
+
+def test_an_answer_of_reasoning_alone_leaves_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", FakeTerminal())
+    screen = Screen()
+    screen.show(Delta("Hm", message=Message("analysis")))
+    screen.end()
+    assert sys.stdout.getvalue() == "\x1b[2mHm\x1b[0m\n"
 
 
 @pytest.mark.slow

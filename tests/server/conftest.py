@@ -250,10 +250,18 @@ class World:
 
 @pytest.fixture
 async def world(tokenizer: Tokenizer, chat_template: ChatTemplate) -> AsyncIterator[Callable[..., World]]:
-    """Makes a World; settings of ServerConfig, `template=None` for a model without one, `loaded=False`."""
+    """Makes a World; settings of ServerConfig, `template=None` for a model without one, `loaded=False`, and
+    `vocabulary` for a tokenizer of another kind.
+    """
     engines: list[Reciter] = []
 
-    def make(*, template: ChatTemplate | None = chat_template, loaded: bool = True, **settings: Any) -> World:
+    def make(
+        *,
+        template: ChatTemplate | None = chat_template,
+        vocabulary: Tokenizer = tokenizer,
+        loaded: bool = True,
+        **settings: Any,
+    ) -> World:
         buffered = settings.pop("max_buffered_outputs", 4096)
         config = ServerConfig(**settings)
         status = Status(worker_id="w-1", model_ref="small.gguf")
@@ -279,7 +287,7 @@ async def world(tokenizer: Tokenizer, chat_template: ChatTemplate) -> AsyncItera
         serving = Serving(
             model_id="small",
             facts=FACTS,
-            tokenizer=tokenizer,
+            tokenizer=vocabulary,
             chat_template=template,
             client=client,
             snapshot=lambda: engine.snapshot,
