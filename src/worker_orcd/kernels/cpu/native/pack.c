@@ -94,7 +94,9 @@ static void pack_columns(uint8_t *array, int row, const uint8_t *source, int cou
   for (int c = 0; c < count; c++) array[16 * c + row] = source[c];
 }
 
-static void pack_small_block(int32_t format, const orcd_format *f, uint8_t *block, int row, const uint8_t *s) {
+#define FOR_ONE_FORMAT static inline __attribute__((always_inline)) /* with a constant format */
+
+FOR_ONE_FORMAT void pack_small_block(const int32_t format, const orcd_format *f, uint8_t *block, int row, const uint8_t *s) {
   uint8_t *body = block + f->header;
   switch (format) {
     case MXFP4:
@@ -120,7 +122,7 @@ static void pack_small_block(int32_t format, const orcd_format *f, uint8_t *bloc
   pack_nibbles(body, row, s);
 }
 
-static void pack_k_block(int32_t format, const orcd_format *f, uint8_t *block, int row, const uint8_t *s) {
+FOR_ONE_FORMAT void pack_k_block(const int32_t format, const orcd_format *f, uint8_t *block, int row, const uint8_t *s) {
   const int32_t d = format == Q2_K ? 80 : format == Q3_K ? 108 : format == Q6_K ? 208 : 0;
   store16(block, row, s + d);
   if (format != Q3_K && format != Q6_K) store16(block + 32, row, s + d + 2);
@@ -157,6 +159,19 @@ static void pack_float_row(const orcd_format *f, int64_t k, uint8_t *panel, int 
     for (int64_t i = 0; i < k; i++) memcpy(panel + 32 * i + 2 * row, s + 2 * i, 2);
 }
 
+/* `count` rows of a panel, block by block: a step in each row is one place in the panel. */
+FOR_ONE_FORMAT void pack_panel(const int32_t format, int64_t blocks, uint8_t *panel, int count, const uint8_t *s) {
+  const orcd_format *f = &formats[format];
+  const int64_t row_bytes = blocks * f->bytes;
+  for (int64_t b = 0; b < blocks; b++, s += f->bytes, panel += 16 * f->bytes)
+    for (int r = 0; r < count; r++) {
+      if (f->block == 256)
+        pack_k_block(format, f, panel, r, s + r * row_bytes);
+      else
+        pack_small_block(format, f, panel, r, s + r * row_bytes);
+    }
+}
+
 int orcd_pack(int32_t format, int64_t n, int64_t k, int64_t row0, int64_t rows, const uint8_t *src, void *dst) {
   if (orcd_packed_bytes(format, n, k) < 0) return -EINVAL;
   if (row0 < 0 || row0 % 16 != 0 || rows < 0 || rows > n || row0 > n - rows) return -EINVAL;
@@ -166,18 +181,17 @@ int orcd_pack(int32_t format, int64_t n, int64_t k, int64_t row0, int64_t rows, 
   for (int64_t first = 0; first < rows; first += 16, panel += panel_size) {
     const int count = rows - first < 16 ? (int)(rows - first) : 16;
     const uint8_t *s = src + first * row_bytes;
-    if (is_float_format(format)) {
-      for (int r = 0; r < count; r++) pack_float_row(f, k, panel, r, s + r * row_bytes);
-      continue;
+    switch (format) {
+#define CASE(name)                                 \
+  case name:                                       \
+    pack_panel(name, blocks, panel, count, s); \
+    break;
+      SMALL_FORMATS(CASE)
+      K_FORMATS(CASE)
+#undef CASE
+      default:
+        for (int r = 0; r < count; r++) pack_float_row(f, k, panel, r, s + r * row_bytes);
     }
-    for (int64_t b = 0; b < blocks; b++)
-      for (int r = 0; r < count; r++) {
-        const uint8_t *source = s + r * row_bytes + b * f->bytes;
-        if (f->block == 256)
-          pack_k_block(format, f, panel + b * 16 * f->bytes, r, source);
-        else
-          pack_small_block(format, f, panel + b * 16 * f->bytes, r, source);
-      }
   }
   return 0;
 }
