@@ -174,6 +174,11 @@ async def test_malformed_answers_are_content(speaking, events_of, answer):
     assert joined(await chunks(w, events_of, max_tokens=length), "content") == message["content"]
 
 
+async def test_the_token_that_ends_an_answer_ends_a_header(speaking):
+    message = (await chat(speaking("<|channel|>final json<|return|>")))["choices"][0]["message"]
+    assert message["content"] == " json"  # a content type only if a message follows
+
+
 async def test_stop_strings_cut_content_only(speaking, events_of):
     w = speaking()
     (choice,) = (await chat(w, stop=["hi", "you"]))["choices"]
@@ -243,6 +248,11 @@ async def test_a_call_names_its_recipient(speaking, events_of):
     assert {(data["channel"], data["recipient"]) for data in call} == {("commentary", "functions.look")}
     assert "".join(data["t"] for data in call) == '{"at": 1}'
     assert end["stop_reason"] == "eos"
+
+
+async def test_a_word_that_was_held_back_names_its_channel(speaking, events_of):
+    told, _ = await tokens(speaking("to"), events_of, max_tokens=2)  # `to=` might have followed
+    assert [(data["t"], data.get("channel")) for data in told] == [("", None), ("to", "final")]
 
 
 async def test_a_raw_prompt_is_answered_in_one_text(speaking, events_of):

@@ -63,6 +63,7 @@ def test_the_parts_of_an_answer():
         ("<|channel|>final json", Message("final", None, "json")),
         ("<|channel|>final <|constrain|>JSON", Message("final", None, "JSON")),
         ("<|channel|>commentary", Message("commentary")),
+        ("<|channel|>final text<|constrain|>json", Message("final", None, "json")),
         ("<|channel|>commentary to=assistant", Message("commentary", "assistant")),
         ("<|channel|>commentary functions.f code", Message("commentary", "functions.f", "code")),
         (
@@ -124,12 +125,14 @@ def test_what_a_message_is_for(message: Message, kind: str) -> None:
         ("<|channel|>commentary to=f{}<|message|>x", [["commentary", "f", None, "{}x"]]),
         ("<|channel|>commentary to= x<|message|>y", [["commentary", None, None, " to= xy"]]),
         ("<|channel|><|constrain|>json<|message|>y", [["final", None, None, "jsony"]]),
+        ("<|channel|>final<|constrain|><|constrain|>x<|message|>y", [["final", None, None, "xy"]]),
         ("<|channel|>Final<|message|>y", [["final", None, None, "Finaly"]]),
         ("<|channel|>fin<|message|>y", [["final", None, None, "finy"]]),
         ("<|start|>user<|message|>y", [["final", None, None, "usery"]]),
         (f"{HEAD}a<|message|>b<|constrain|>c<|reserved|>d", [["analysis", None, None, "abcd"]]),
         (f"{HEAD}a<|channel|>final<|message|>b", [["analysis", None, None, "a"], ["final", None, None, "b"]]),
         (f"{HEAD}a<|channel|>so on<|end|>", [["analysis", None, None, "aso on"]]),
+        (f"{HEAD}a<|channel|>final<|channel|>so on", [["analysis", None, None, "aso on"]]),
         (f"{HEAD}a<|channel|><|message|>b", [["analysis", None, None, "a"], ["analysis", None, None, "b"]]),
         (f"{HEAD}a{FINAL}b", [["analysis", None, None, "a"], ["final", None, None, "b"]]),
         (f"{HEAD}a<|end|>then b", [["analysis", None, None, "a"], ["final", None, None, "then b"]]),
@@ -237,7 +240,7 @@ def test_every_cut_and_every_pair_of_cuts(name: str) -> None:
     size = sum(1 if isinstance(item, str) else len(item) for item in items)
     expected = read(items).told
     assert read(cut(items, range(size))).told == expected  # byte by byte
-    for places in itertools.combinations(range(0, size, 1 + size // 250), 2):
+    for places in itertools.combinations(range(0, size, 1 + size // 150), 2):
         assert read(cut(items, places)).told == expected, places
     for stop in (["4.", "us"], ["a"]):
         expected = read(items, stop).told

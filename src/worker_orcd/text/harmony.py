@@ -123,7 +123,7 @@ class _Header:
             return True
         else:
             known = self.field is _Field.ROLE and word == _ROLE
-        if known and self.marked:
+        if known:
             self._understand()
         return known
 
@@ -247,7 +247,7 @@ class HarmonyScanner:
             return Segment(self.current, "")
         if control is Control.CONSTRAIN:
             misplaced = header.field is _Field.CHANNEL and header.channel is None
-            if misplaced or header.field is _Field.TYPE or header.perhaps is not None:
+            if misplaced or header.field is _Field.TYPE:
                 return self._give_up("")
             header.mark(control, _Field.TYPE)
             return None
@@ -330,7 +330,7 @@ class HarmonyStream:
     def _match(self, message: Message, text: str) -> str:
         if message.kind != "content":
             return text
-        if self._matched is None or self._matched[0] is not message:
+        if self._matched is None:
             self._matched = (message, self._stop.matcher())
         delta = self._matched[1].push(text)
         self._stopped = delta.stopped
