@@ -322,6 +322,7 @@ def test_text_that_spells_one_all_the_same_is_refused():
             eos_id=1,
             adds_bos=False,
             end_of_generation=frozenset({1}),
+            speaks_harmony=False,
         )
     )
     assert tokenizer.encode("<|stop|>") == [0]
