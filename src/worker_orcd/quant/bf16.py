@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits
 
 
 def dequantize(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -20,6 +21,8 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return rounded.astype("<u2").view(np.uint8)
 
 
+GPU = GpuLayout(codes=byte_bits(0, 2).reshape(1, 16), header=byte_bits(0, 0).reshape(-1), steps=(64,))
+
 BF16 = WeightFormat(
-    name="BF16", ggml_type=30, block_size=1, type_size=2, dequantize=dequantize, quantize=quantize
+    name="BF16", ggml_type=30, block_size=1, type_size=2, dequantize=dequantize, quantize=quantize, gpu=GPU
 )

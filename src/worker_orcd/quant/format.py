@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from worker_orcd.quant.gpu_layout import GpuLayout
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFormat:
@@ -22,6 +24,7 @@ class WeightFormat:
     dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     # The reverse: finite weights, each block by itself. None: a format that is read and not made here.
     quantize: Callable[[NDArray[np.float32]], NDArray[np.uint8]] | None = None
+    gpu: GpuLayout | None = None  # None: no GPU kernel for it
 
     def row_bytes(self, num_weights: int) -> int:
         """Bytes of a row; `num_weights` must be a multiple of `block_size`."""

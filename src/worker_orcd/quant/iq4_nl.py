@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, plane_bits
 from worker_orcd.quant.scales import fit_scale, reciprocal
 
 VALUES = np.array(
@@ -36,6 +37,14 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([stored, pack_planes(q, 4)], axis=1)
 
 
+GPU = GpuLayout(codes=plane_bits(2, 16, 4), header=in_words(byte_bits(0, 2)), steps=(128, 256, 64))
+
 IQ4_NL = WeightFormat(
-    name="IQ4_NL", ggml_type=20, block_size=32, type_size=18, dequantize=dequantize, quantize=quantize
+    name="IQ4_NL",
+    ggml_type=20,
+    block_size=32,
+    type_size=18,
+    dequantize=dequantize,
+    quantize=quantize,
+    gpu=GPU,
 )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, plane_bits
 
 # Twice the sixteen E2M1 values: integers. Half the scale then never leaves the range of float32.
 DOUBLED_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.float32)
@@ -39,6 +40,15 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([exponent.astype(np.uint8), pack_planes(q, 4)], axis=1)
 
 
+GPU = GpuLayout(
+    codes=plane_bits(1, 16, 4),
+    header=in_words(byte_bits(0, 1)),
+    steps=(128, 64),
+    # Sign, exponent and mantissa (bit 3, 2-1 and 0 of a code) where a bfloat16 has them, or a shift away:
+    # plane 0 at 15, 8-7 and 6, plane 1 three lower, plane 2 six lower, plane 3 in what is left.
+    word_bits=(8, 9, 10, 4, 5, 6, 0, 1, 2, 11, 13, 14, 7, 12, 15, 3),
+)
+
 MXFP4 = WeightFormat(
-    name="MXFP4", ggml_type=39, block_size=32, type_size=17, dequantize=dequantize, quantize=quantize
+    name="MXFP4", ggml_type=39, block_size=32, type_size=17, dequantize=dequantize, quantize=quantize, gpu=GPU
 )

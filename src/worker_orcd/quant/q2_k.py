@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, plane_bits
 from worker_orcd.quant.scales import fit_scale_and_minimum, reciprocal
 
 
@@ -39,6 +40,17 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([nibbles, packed, *fields], axis=1)
 
 
+_SUB = byte_bits(0, 16)  # a scale (low nibble) and a minimum each
+
+GPU = GpuLayout(
+    codes=np.concatenate([plane_bits(16, 32, 2), plane_bits(48, 32, 2)]),
+    # Four words of scales (low half) and minimums (high half) of four sub-blocks each, then d and dmin.
+    header=in_words(
+        *(f for i in range(0, 16, 4) for f in (_SUB[i : i + 4, :4], _SUB[i : i + 4, 4:])), byte_bits(80, 4)
+    ),
+    steps=(256,),
+)
+
 Q2_K = WeightFormat(
-    name="Q2_K", ggml_type=10, block_size=256, type_size=84, dequantize=dequantize, quantize=quantize
+    name="Q2_K", ggml_type=10, block_size=256, type_size=84, dequantize=dequantize, quantize=quantize, gpu=GPU
 )

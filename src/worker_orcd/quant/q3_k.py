@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, pairs, plane_bits
 from worker_orcd.quant.scales import farthest, fit_scale, reciprocal, rounded
 
 
@@ -34,6 +35,27 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([high, low, pack_planes(six & 15, 4), pack_planes(six >> 4, 2), stored], axis=1)
 
 
+_SCALES = np.concatenate([plane_bits(96, 8, 4), plane_bits(104, 4, 2)], axis=1)  # (16, 6)
+
+GPU = GpuLayout(
+    codes=np.concatenate(
+        [np.concatenate([plane_bits(32, 32, 2), plane_bits(64, 32, 2)]), plane_bits(0, 32, 1)], axis=1
+    ),
+    high_bits=1,
+    # Two words of the low nibbles of the scales, even sub-blocks in the low half and odd ones in the high, a
+    # word of their upper two bits in the same order, then d.
+    header=in_words(
+        *pairs(_SCALES[:8, :4]), *pairs(_SCALES[8:, :4]), *pairs(_SCALES[:, 4:]), byte_bits(108, 2)
+    ),
+    steps=(256,),
+)
+
 Q3_K = WeightFormat(
-    name="Q3_K", ggml_type=11, block_size=256, type_size=110, dequantize=dequantize, quantize=quantize
+    name="Q3_K",
+    ggml_type=11,
+    block_size=256,
+    type_size=110,
+    dequantize=dequantize,
+    quantize=quantize,
+    gpu=GPU,
 )

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, plane_bits
 from worker_orcd.quant.scales import reciprocal
 
 
@@ -24,6 +25,8 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([half_bytes(scale), half_bytes(minimum), pack_planes(q, 4)], axis=1)
 
 
+GPU = GpuLayout(codes=plane_bits(4, 16, 4), header=in_words(byte_bits(0, 4)), steps=(128, 64))
+
 Q4_1 = WeightFormat(
-    name="Q4_1", ggml_type=3, block_size=32, type_size=20, dequantize=dequantize, quantize=quantize
+    name="Q4_1", ggml_type=3, block_size=32, type_size=20, dequantize=dequantize, quantize=quantize, gpu=GPU
 )

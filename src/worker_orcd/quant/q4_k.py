@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import halves, k_scales_and_mins, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, k_header_bits, plane_bits
 from worker_orcd.quant.k_codes import k_codes
 
 
@@ -25,6 +26,18 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([fields, packed], axis=1)
 
 
+GPU = GpuLayout(
+    codes=np.concatenate([plane_bits(16 + 32 * group, 32, 4) for group in range(4)]),
+    header=k_header_bits(),
+    steps=(256, 128),
+)
+
 Q4_K = WeightFormat(
-    name="Q4_K", ggml_type=12, block_size=256, type_size=144, dequantize=dequantize, quantize=quantize
+    name="Q4_K",
+    ggml_type=12,
+    block_size=256,
+    type_size=144,
+    dequantize=dequantize,
+    quantize=quantize,
+    gpu=GPU,
 )

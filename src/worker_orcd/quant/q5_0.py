@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import bits_in_order, half_bytes, halves, pack_bits, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, plane_bits
 from worker_orcd.quant.scales import farthest, reciprocal
 
 
@@ -25,6 +26,13 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([half_bytes(scale), pack_bits(q >> 4), pack_planes(q & 15, 4)], axis=1)
 
 
+GPU = GpuLayout(
+    codes=np.concatenate([plane_bits(6, 16, 4), byte_bits(2, 4).reshape(32, 1)], axis=1),
+    high_bits=1,
+    header=in_words(byte_bits(0, 2)),
+    steps=(128, 256, 64),
+)
+
 Q5_0 = WeightFormat(
-    name="Q5_0", ggml_type=6, block_size=32, type_size=22, dequantize=dequantize, quantize=quantize
+    name="Q5_0", ggml_type=6, block_size=32, type_size=22, dequantize=dequantize, quantize=quantize, gpu=GPU
 )

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import half_bytes, halves, pack_planes, planes
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words, plane_bits
 from worker_orcd.quant.scales import farthest, fit_scale, reciprocal, rounded
 
 
@@ -32,6 +33,26 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64), *fields], axis=1)
 
 
+GPU = GpuLayout(
+    codes=np.concatenate(
+        [
+            np.concatenate([plane_bits(64 * half, 64, 4) for half in range(2)]),
+            np.concatenate([plane_bits(128 + 32 * half, 32, 2) for half in range(2)]),
+        ],
+        axis=1,
+    ),
+    high_bits=2,
+    flipped=byte_bits(192, 16)[:, 7],
+    header=in_words(byte_bits(192, 18)),
+    steps=(128, 256),
+)
+
 Q6_K = WeightFormat(
-    name="Q6_K", ggml_type=14, block_size=256, type_size=210, dequantize=dequantize, quantize=quantize
+    name="Q6_K",
+    ggml_type=14,
+    block_size=256,
+    type_size=210,
+    dequantize=dequantize,
+    quantize=quantize,
+    gpu=GPU,
 )

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.quant.fields import half_bytes, halves
 from worker_orcd.quant.format import WeightFormat
+from worker_orcd.quant.gpu_layout import GpuLayout, byte_bits, in_words
 from worker_orcd.quant.scales import reciprocal
 
 
@@ -24,6 +25,10 @@ def quantize(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.concatenate([half_bytes(scale), q.view(np.uint8)], axis=1)
 
 
+GPU = GpuLayout(
+    codes=byte_bits(2, 32), flipped=byte_bits(2, 32)[:, 7], header=in_words(byte_bits(0, 2)), steps=(128, 64)
+)
+
 Q8_0 = WeightFormat(
-    name="Q8_0", ggml_type=8, block_size=32, type_size=34, dequantize=dequantize, quantize=quantize
+    name="Q8_0", ggml_type=8, block_size=32, type_size=34, dequantize=dequantize, quantize=quantize, gpu=GPU
 )

@@ -1,0 +1,134 @@
+"""
+The matrix product of a step: y = W x for 1 … 4096 tokens, from packed weights.
+
+Device code (Triton). The weights are the left operand, tokens are columns of the right one, so that a few
+tokens waste little of a tensor core. K is cut into CHUNKS chunks of equal steps (see `contract`). A chunk's
+sum starts at zero; the chunks are added in ascending order, whoever does it:
+
+* CHUNKS = 1: a program has the whole sum.
+* SPLIT: a program a chunk writes its part to `partials`; the one that finishes last adds them up. Who that is
+  changes nothing. Counters return to zero.
+* otherwise a program walks all chunks.
+
+Then, in this order: bias, gated unit or residual.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from worker_orcd.kernels.cuda.formats import load_weights, multiply
+
+
+@triton.jit
+def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr, FORMAT: tl.constexpr,
+              BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr, PLANES: tl.constexpr,
+              HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr,
+              TOKENS: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
+    """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]"""
+    STEPS: tl.constexpr = (K + STEP - 1) // STEP
+    WIDTH: tl.constexpr = STEP // PLANES
+    COUNT: tl.constexpr = STEPS // CHUNKS
+    PARTS: tl.constexpr = BLOCK // STEP if BLOCK > STEP else 1  # steps of a header
+    TAIL: tl.constexpr = K % STEP != 0
+    column = tl.arange(0, WIDTH)
+    first = tile * STEPS + chunk * COUNT
+    wp = w + (first * (64 * WIDTH) + row * WIDTH)[:, None] + column[None, :]
+    hp = h + (first * (64 // SHARE * WIDTH) + row // SHARE * WIDTH)[:, None] + column[None, :]
+    sp = s + first // PARTS * (16 * HEADER) + row
+    xp = x + chunk * (COUNT * STEP) + column[:, None]
+    # Read, not computed: Triton takes an operand to registers only if it all comes from loads.
+    shift = tl.load(shifts + row)
+    shift = tl.broadcast_to(shift[:, None], (ROWS, WIDTH))
+    left = K - chunk * (COUNT * STEP)
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for i in tl.range(0, COUNT, num_stages=STAGES):
+        at = (chunk * COUNT + i) % PARTS
+        weights = load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH)
+        acc = multiply(acc, weights, shift, xp, token_mask, left, FORMAT, ROWS, WIDTH, TAIL, PORTABLE)
+        wp += 64 * WIDTH
+        hp += 64 // SHARE * WIDTH
+        if PARTS == 1:
+            sp += 16 * HEADER
+        else:
+            sp += at * (16 * HEADER)
+        xp += STEP
+        left -= STEP
+    return acc
+
+
+@triton.jit
+def finish(total, y, bias, residual, n, token, token_mask, pn, GLU: tl.constexpr, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """What is done to a finished sum on its way out. `n` outputs; with GLU half as many columns."""
+    out = pn * ROWS + tl.arange(0, ROWS)
+    if BIAS:
+        total += tl.load(bias + out, mask=out < n, other=0.0)[:, None]
+    if GLU:
+        # Eight rows of gates, then the eight that go with them.
+        pairs = tl.permute(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
+        gate, up = tl.split(pairs)
+        value = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (ROWS // 2, TOKENS))
+        half = pn * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        mask = (half < n // 2)[:, None] & token_mask
+        tl.store(y + token[None, :] * (n // 2) + half[:, None], value.to(y.dtype.element_ty), mask=mask)
+    else:
+        mask = (out < n)[:, None] & token_mask
+        at = token[None, :] * n + out[:, None]
+        if RESIDUAL:
+            total += tl.load(residual + at, mask=mask, other=0.0)
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens, K: tl.constexpr,
+           FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
+           PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
+           SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+           GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+           PORTABLE: tl.constexpr):  # fmt: skip
+    """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
+    pn = tl.program_id(0)
+    pt = tl.program_id(1)
+    rows = tl.arange(0, ROWS)
+    if ROWS == 64:
+        tile = pn + rows * 0
+        row = rows
+    else:
+        tile = tl.minimum(pn * (ROWS // 64) + rows // 64, (n + 63) // 64 - 1)
+        row = rows % 64
+    token = pt * TOKENS + tl.arange(0, TOKENS)
+    token_mask = (token < tokens)[None, :]
+    xp = x + token[None, :] * K
+    if CHUNKS == 1 or SPLIT:
+        total = chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, tl.program_id(2), K, FORMAT, BLOCK,
+                          STEP, CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
+                          PORTABLE)  # fmt: skip
+    else:
+        total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+        for chunk in range(CHUNKS):
+            total += chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, chunk, K, FORMAT, BLOCK, STEP,
+                               CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
+                               PORTABLE)  # fmt: skip
+    if CHUNKS == 1 or not SPLIT:
+        finish(total, y, bias, residual, n, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS, TOKENS)
+    else:
+        out = pn * ROWS + rows
+        mask = (out < n)[:, None] & token_mask
+        part = partials + token[None, :] * n + out[:, None]
+        tl.store(part + tl.program_id(2) * tokens * n, total, mask=mask)
+        tl.debug_barrier()  # all of this program's part is written before it counts as finished
+        counter = counters + pt * tl.num_programs(0) + pn
+        finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if finished == CHUNKS - 1:
+            total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            # Not from L1, which may hold an older step's. All at once only where registers have room.
+            if TOKENS <= 16:
+                for chunk in tl.static_range(CHUNKS):
+                    total += tl.load(part + chunk * tokens * n, mask=mask, other=0.0, cache_modifier=".cg")
+            else:
+                for chunk in tl.range(0, CHUNKS, loop_unroll_factor=1):
+                    total += tl.load(part + chunk * tokens * n, mask=mask, other=0.0, cache_modifier=".cg")
+            finish(total, y, bias, residual, n, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS, TOKENS)
+            tl.store(counter, 0)

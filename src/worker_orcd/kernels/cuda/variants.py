@@ -1,0 +1,210 @@
+"""
+Which kernel runs a matrix product: tile, warps and stages by number of tokens and kind of GPU.
+
+A variant changes how long a product takes, never its bits. Importing this needs neither Triton nor a GPU;
+`compile_variant` needs Triton, and compiles for any GPU without one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from worker_orcd.kernels.cuda.contract import WANTED_PROGRAMS, num_chunks
+from worker_orcd.quant import BY_NAME
+from worker_orcd.quant.gpu_layout import GpuLayout
+
+# Tensor cores take float16 for formats of integers (finer rounding) and bfloat16 where float16 has no range.
+BFLOAT16_FORMATS = frozenset({"MXFP4", "BF16", "F32"})
+FORMATS = tuple(BY_NAME)
+CAPABILITIES = (80, 89, 90)  # compiled for in the tests; others run, untested
+MAX_SPLIT_TOKENS = 64  # up to here a program a chunk; beyond, a program walks the chunks
+WIDE_ROWS = 1 << 16  # from here on a program takes two tiles of rows even for a few tokens
+# Formats that many tokens run fastest for with few tokens, or few rows, a program.
+_NARROW = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"})
+_SHORT = frozenset({"Q8_0", "Q4_K", "Q5_K"})
+# Bytes of shared memory that a program may have.
+_SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+_POINTERS = 10  # parameters of the kernel, before n
+_DTYPES = {"F32": "*fp32", "F16": "*fp16", "BF16": "*bf16"}  # of words; else u16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a kernel knows of a weight."""
+
+    format: str
+    k: int
+    step: int
+    chunks: int
+    aligned: bool = False  # n is a multiple of 16
+
+    @property
+    def layout(self) -> GpuLayout:
+        layout = BY_NAME[self.format].gpu
+        if layout is None:
+            raise ValueError(f"{self.format} has no GPU layout")
+        return layout
+
+    @property
+    def operand(self) -> str:
+        return "bf16" if self.format in BFLOAT16_FORMATS else "fp16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How the work of a product is cut up."""
+
+    rows: int  # of weights, a program
+    tokens: int
+    warps: int
+    stages: int  # steps in flight
+    split: bool = False  # a program a chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epilogue:
+    """What is done to a sum on its way out."""
+
+    bias: bool = False
+    residual: bool = False  # added, float32
+    glu: bool = False  # SwiGLU of gate and up rows, eight and eight
+    out: str = "fp32"  # or fp16, bf16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """All that a compiled kernel depends on, beside the GPU."""
+
+    shape: Shape
+    tile: Tile
+    epilogue: Epilogue = Epilogue()
+    portable: bool = False  # plain Triton throughout, for the interpreter
+
+    def constants(self) -> dict[str, Any]:
+        """The kernel's compile-time parameters."""
+        shape, tile, epilogue, layout = self.shape, self.tile, self.epilogue, self.shape.layout
+        return {
+            "K": shape.k,
+            "FORMAT": shape.format,
+            "BLOCK": len(layout.codes),
+            "STEP": shape.step,
+            "CHUNKS": shape.chunks,
+            "PLANES": layout.planes,
+            "HIGH": layout.high_bits,
+            "SHARE": layout.share,
+            "HEADER": layout.header_bytes(shape.step),
+            "SPLIT": tile.split,
+            "ROWS": tile.rows,
+            "TOKENS": tile.tokens,
+            "STAGES": tile.stages,
+            "GLU": epilogue.glu,
+            "BIAS": epilogue.bias,
+            "RESIDUAL": epilogue.residual,
+            "PORTABLE": self.portable,
+        }
+
+    def signature(self) -> dict[str, str]:
+        """The types of the kernel's parameters."""
+        words = _DTYPES.get(self.shape.format, "*u16")
+        high = "*u16" if self.shape.layout.high_bits else words
+        run_time = {
+            "w": words, "h": high, "s": "*u32", "shifts": "*u16", "x": f"*{self.shape.operand}",
+            "y": f"*{self.epilogue.out}", "partials": "*fp32", "counters": "*i32", "bias": "*fp32",
+            "residual": "*fp32", "n": "i32", "tokens": "i32",
+        }  # fmt: skip
+        return run_time | dict.fromkeys(self.constants(), "constexpr")
+
+
+def shape_of(format_name: str, n: int, k: int, step: int = 0) -> Shape:
+    """The shape of an (n, k) matrix under the contract."""
+    layout = BY_NAME[format_name].gpu
+    if layout is None:
+        raise ValueError(f"{format_name} has no GPU layout")
+    return Shape(
+        format=format_name,
+        k=k,
+        step=step or layout.step(k),
+        chunks=num_chunks(layout, n, k),
+        aligned=n % 16 == 0,
+    )
+
+
+def choose_tile(shape: Shape, n: int, tokens: int, capability: int = 90) -> Tile:
+    """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0).
+
+    By what was fastest on an H100: `benchmarks/gpu_linear.py --only tune`.
+    """
+    split = shape.chunks > 1 and tokens <= MAX_SPLIT_TOKENS
+    if tokens <= 16:
+        rows, width, warps = 128 if n >= WIDE_ROWS else 64, 16, 4
+    elif tokens <= 32:
+        rows, width, warps = 64 if split or shape.step >= 256 or shape.format == "Q8_0" else 128, 32, 4
+    elif tokens <= 64:
+        rows, width, warps = 128, 64, 8
+    else:
+        rows, width, warps = _for_many_tokens(shape, n, tokens, capability)
+    stages = 4 if tokens <= 16 and not split else 3
+    tile = Tile(rows=rows, tokens=width, warps=warps, stages=stages, split=split)
+    return _that_fits(shape, tile, capability)
+
+
+def _for_many_tokens(shape: Shape, n: int, tokens: int, capability: int) -> tuple[int, int, int]:
+    """Rows, tokens and warps where arithmetic is what takes the time."""
+    large = -(-n // 128) * -(-tokens // 128) >= WANTED_PROGRAMS
+    two_sums = shape.chunks > 1  # at 128 by 128 they fill the registers
+    if capability < 90 and two_sums:
+        return 64, 32 if shape.step >= 256 else 64, 4
+    if not large or (shape.step >= 256 and (two_sums or capability < 90)):
+        return 128, 64, 8
+    if shape.format in _NARROW and not two_sums:
+        return 128, 64, 4
+    if shape.format in _SHORT and not two_sums:
+        return 64, 128, 4
+    return 128, 128, 8
+
+
+def _that_fits(shape: Shape, tile: Tile, capability: int) -> Tile:
+    """With as many stages as shared memory has room for."""
+    room = _SHARED.get(capability, 99 << 10)
+    layout = shape.layout
+    x = 2 * shape.step * tile.tokens
+    weights = tile.rows * (shape.step // layout.planes * (4 if layout.low_bits == 32 else 2))
+    high = tile.rows * shape.step // layout.planes * 2 if layout.high_bits else 0
+    stage = x + weights + high + tile.rows * layout.header_bytes(shape.step)
+    stages = max(2, min(tile.stages, (room - 2048) // stage))
+    return Tile(rows=tile.rows, tokens=tile.tokens, warps=tile.warps, stages=stages, split=tile.split)
+
+
+def all_variants(
+    shapes: list[tuple[str, int, int]], capability: int, tokens: tuple[int, ...] = (1, 32, 64, 128, 4096)
+) -> Iterator[Variant]:
+    """Every kernel that steps of up to 4096 tokens of these (format, n, k) may need, each once."""
+    seen: set[Variant] = set()
+    for name, n, k in shapes:
+        shape = shape_of(name, n, k)
+        for count in tokens:
+            variant = Variant(shape=shape, tile=choose_tile(shape, n, count, capability))
+            if variant not in seen:
+                seen.add(variant)
+                yield variant
+
+
+def compile_variant(variant: Variant, capability: int) -> Any:
+    """Triton's CompiledKernel, from its cache on disk if it is there. Needs Triton, and no GPU."""
+    triton = importlib.import_module("triton")
+    compiler = importlib.import_module("triton.compiler")
+    backend = importlib.import_module("triton.backends.compiler")
+    kernel = importlib.import_module("worker_orcd.kernels.cuda.linear").linear
+    aligned = [["tt.divisibility", 16]]
+    multiples = [*range(_POINTERS), *([_POINTERS] if variant.shape.aligned else [])]  # n follows the pointers
+    source = compiler.ASTSource(
+        fn=kernel,
+        signature=variant.signature(),
+        constexprs=variant.constants(),
+        attrs={(i,): aligned for i in multiples},
+    )
+    options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages}
+    return triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
