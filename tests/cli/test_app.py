@@ -12,7 +12,18 @@ import pytest
 
 from worker_orcd.version import VERSION
 
-COMMANDS = ("serve", "run", "inspect", "bench", "doctor", "fetch", "synth", "quantize", "version")
+COMMANDS = (
+    "serve",
+    "run",
+    "inspect",
+    "bench",
+    "doctor",
+    "fetch",
+    "synth",
+    "quantize",
+    "perplexity",
+    "version",
+)
 HEAVY = (
     "torch",
     "numpy",

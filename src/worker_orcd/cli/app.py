@@ -10,6 +10,7 @@ from worker_orcd.cli.bench import bench
 from worker_orcd.cli.chat import run
 from worker_orcd.cli.doctor import doctor
 from worker_orcd.cli.inspect import inspect
+from worker_orcd.cli.perplexity import perplexity
 from worker_orcd.cli.quantize import quantize
 from worker_orcd.cli.serve import serve
 from worker_orcd.cli.synth import synth
@@ -28,7 +29,7 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (serve, run, inspect, bench, doctor, fetch, synth, quantize):
+    for command in (serve, run, inspect, bench, doctor, fetch, synth, quantize, perplexity):
         app.command()(reports_errors(command))
     app.command()(version)
     app.callback()(_options)

@@ -14,6 +14,7 @@ import typer
 
 from worker_orcd.cli import machine
 from worker_orcd.cli.options import ConfigFile, ModelArgument, with_model, with_settings
+from worker_orcd.cli.output import write_text
 from worker_orcd.cli.settings import load_config
 from worker_orcd.cli.terminal import warn, warn_all
 from worker_orcd.errors import InvalidConfiguration
@@ -61,7 +62,7 @@ def bench(
     report = _measure(settings, sizes, prompt_tokens, output_tokens, repeats)
     _print(report)
     if json_file is not None:
-        _write(json_file, json.dumps(report, indent=2) + "\n")
+        write_text("--json", json_file, json.dumps(report, indent=2) + "\n")
     if plot_file is not None:
         from worker_orcd.cli.plot import plot
 
@@ -163,10 +164,3 @@ def _print(report: dict[str, Any]) -> None:
     console.print(rows)
     if max(report["load_average"]["before"][0], 0.0) > report["machine"]["usable_cores"] / 2:
         warn("the machine was busy before this began: these figures are too low")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidConfiguration(f"--json {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Large files that a command writes: refused at once if they cannot be written, described when they are."""
+"""Files that a command writes: refused at once if they cannot be written, described when they are."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def writing(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise InvalidConfiguration(f"OUT: {path.name!r} cannot be written: {error.strerror}") from None
+
+
+def write_text(option: str, path: Path, text: str) -> None:
+    """A small file that `option` names. Raises InvalidConfiguration."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidConfiguration(f"{option} {path}: {error.strerror}") from None
 
 
 def described(num_bytes: int, seconds: float, counts: dict[str, int]) -> str:

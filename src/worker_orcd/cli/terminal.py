@@ -7,7 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import typer
 
@@ -48,23 +48,27 @@ def warn_all(messages: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Generator[Progress]:
+def progress_bar(unit: Literal["bytes", "tokens"] = "bytes") -> Generator[Progress]:
     """A bar on stderr if that is a terminal, else a line for each quarter of what takes long."""
     if sys.stderr.isatty():
-        with _drawn() as report:
+        with _drawn(unit) as report:
             yield report
     else:
         yield _told_in_quarters()
 
 
 @contextlib.contextmanager
-def _drawn() -> Generator[Progress]:
+def _drawn(unit: str) -> Generator[Progress]:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress, TaskID
 
     tasks: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    if unit != "bytes":
+        columns = (progress.MofNCompleteColumn(), progress.TextColumn(unit), progress.TimeRemainingColumn())
+    shown = (progress.TextColumn("{task.description}"), progress.BarColumn(), *columns)
+    with Progress(*shown, console=Console(stderr=True), transient=True) as bar:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

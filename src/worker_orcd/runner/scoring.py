@@ -24,9 +24,12 @@ def score(runner: ModelRunner, token_ids: SequenceABC[int], chunk: int | None = 
 
 
 def score_chunks(
-    runner: ModelRunner, token_ids: SequenceABC[int], chunk: int | None = None
+    runner: ModelRunner, token_ids: SequenceABC[int], chunk: int | None = None, *, first: int = 0
 ) -> Iterator[NDArray[np.float32]]:
-    """The same, a step at a time: (at most `chunk`, vocab_size), for texts whose logits fill the memory."""
+    """The same, a step at a time: (at most `chunk`, vocab_size), for texts whose logits fill the memory.
+
+    The logits begin with those of row `first`; what stands before it is computed without any.
+    """
     limits = runner.limits
     longest = min(limits.max_blocks_per_row * limits.block_size, runner.plan.max_model_len)
     if len(token_ids) > longest:
@@ -41,6 +44,10 @@ def score_chunks(
     sequence.block_tables = [
         [1 + index % (group.num_blocks - 1) for index in range(num_blocks)] for group in runner.plan.kv_groups
     ]
+    while (left := min(first, len(token_ids) - 1) - sequence.num_computed_tokens) > 0:
+        row = Row(sequence, min(chunk or limits.max_tokens, limits.max_tokens, fitting, left))
+        runner.launch(Step((row,))).wait()
+        sequence.num_computed_tokens += row.num_tokens
     while sequence.num_uncomputed_tokens:
         row = Row(sequence, min(size, sequence.num_uncomputed_tokens))
         yield runner.logits(Step((row,)))
