@@ -128,7 +128,7 @@ def _gpu(root: Path) -> Finding:
     devices = sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
     version = root / "proc/driver/nvidia/version"
     driver = version.read_text().splitlines()[0].strip() if version.is_file() else ""
-    backend = find_spec("worker_orcd.kernels.cuda") is not None
+    backend = find_spec("worker_orcd.kernels.cuda.backend") is not None
     if not devices and not driver:
         return Finding("GPU", "note", "none", "the CPU is used")
     text = f"{', '.join(devices) or 'no device nodes'}; {driver or 'no driver'}"
