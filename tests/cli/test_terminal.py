@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import sys
+from typing import Literal
 
 import pytest
 import typer
@@ -41,6 +43,23 @@ def test_what_is_quick_is_not_told(clock: list[float], capsys: pytest.CaptureFix
             clock[0] += 0.005
         report("of unknown length", 1, 0)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("unit", "shown"), [("bytes", "1.0/2.0 kB"), ("tokens", "1000/2000 tokens")])
+def test_the_bar_counts_in_its_unit(
+    unit: Literal["bytes", "tokens"], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, slave = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with os.fdopen(slave, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        with terminal.progress_bar(unit) as report:
+            report("scoring", 1000, 2000)
+        screen.flush()
+        drawn = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert shown in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn)
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
