@@ -355,7 +355,9 @@ def test_stop_cancels_what_is_left_and_loses_nobody():
 
     submitter = threading.Thread(target=keep_submitting)
     submitter.start()
-    time.sleep(0.1)
+    deadline = time.monotonic() + SECONDS
+    while len(sent) <= 10 and time.monotonic() < deadline:
+        time.sleep(0.005)
     assert bench.engine.stop(SECONDS)
     assert done.wait(SECONDS)
     submitter.join()

@@ -122,6 +122,10 @@ print(json.dumps(results))
 """
 
 
+# Up to a second where it was measured, some seconds on a busy machine; a bomb that goes off costs minutes.
+MOST_SECONDS = 5.0
+
+
 def load_limited(directory: Path) -> dict[str, tuple[str, float]]:
     """Load every file of a directory in a process with 1 GiB of address space: {name: (outcome, seconds)}."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1"}
@@ -131,7 +135,7 @@ def load_limited(directory: Path) -> dict[str, tuple[str, float]]:
 
 
 @pytest.mark.slow
-def test_bombs_cost_less_than_a_second_and_a_gigabyte(tmp_path: Path) -> None:
+def test_bombs_cost_seconds_at_most_and_less_than_a_gigabyte(tmp_path: Path) -> None:
     for name, (start, size) in BOMBS.items():
         sparse(tmp_path / name, start, size)
     expected = dict.fromkeys(BOMBS, "InvalidModelFile")
@@ -143,11 +147,11 @@ def test_bombs_cost_less_than_a_second_and_a_gigabyte(tmp_path: Path) -> None:
     results = load_limited(tmp_path)
     assert {name: outcome.split(":")[0] for name, (outcome, _) in results.items()} == expected
     slowest = max(results, key=lambda name: results[name][1])
-    assert results[slowest][1] < 1, slowest
+    assert results[slowest][1] < MOST_SECONDS, slowest
 
 
 @pytest.mark.slow
-def test_the_largest_tables_cost_less_than_a_second(tmp_path: Path) -> None:
+def test_the_largest_tables_cost_seconds_at_most(tmp_path: Path) -> None:
     """Valid files at the limits: most keys, most tensors, a large vocabulary, the longest strings."""
     with GGUFWriter(tmp_path / "keys") as writer:
         for i in range(types.MAX_KEYS):
@@ -163,7 +167,7 @@ def test_the_largest_tables_cost_less_than_a_second(tmp_path: Path) -> None:
     results = load_limited(tmp_path)
     assert {outcome for outcome, _ in results.values()} == {"valid"}, results
     slowest = max(results, key=lambda name: results[name][1])
-    assert results[slowest][1] < 1, slowest
+    assert results[slowest][1] < MOST_SECONDS, slowest
 
 
 # ---- one wrong field at a time ----------------------------------------------------------------------------

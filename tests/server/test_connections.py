@@ -128,7 +128,7 @@ async def test_comments_keep_a_silent_stream_alive(world, eventually, path):
         begun = time.monotonic()
         for _ in range(3):
             await reader.readuntil(b": keep-alive\n\n")
-        assert 0.12 < time.monotonic() - begun < 1
+        assert 0.12 < time.monotonic() - begun < 10
         w.engine.go.set()
         rest = (await reader.readuntil(b"0\r\n\r\n")).decode()
     assert "data: " in rest
@@ -165,7 +165,7 @@ async def test_a_head_that_does_not_come_is_given_up(world, sent):
     async with w.listen() as port, connection(port, sent) as (reader, _):
         begun = time.monotonic()
         assert await reader.read() == b""
-        assert 0.05 < time.monotonic() - begun < 1
+        assert 0.05 < time.monotonic() - begun < 10  # the default is 30
 
 
 async def test_a_second_head_that_does_not_come_is_given_up(world):
@@ -180,7 +180,7 @@ async def test_a_second_head_that_does_not_come_is_given_up(world):
         writer.write(b"GET /livez HT")
         begun = time.monotonic()
         assert await reader.read() == b""
-        assert 0.05 < time.monotonic() - begun < 1
+        assert 0.05 < time.monotonic() - begun < 10  # the default is 30
 
 
 @pytest.mark.parametrize(

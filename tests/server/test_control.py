@@ -219,7 +219,7 @@ async def test_health_takes_no_time(world, eventually):
             times.append(time.perf_counter() - begun)
         w.engine.go.set()
         await asyncio.gather(*streams)
-    assert statistics.median(times) < 0.01
+    assert statistics.median(times) < 0.05
 
 
 async def test_metrics_have_the_promised_names(world):
