@@ -32,6 +32,7 @@ import torch
 from gpu_timing import LARGER_THAN_L2, copy_bandwidth, graph_microseconds, matmul_teraflops, stamp
 from gpu_weights import packed_tiles, random_rows
 from worker_orcd.kernels.backend import Matrix
+from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.launch import Products
 from worker_orcd.kernels.cuda.variants import (
     FORMATS,
@@ -77,7 +78,7 @@ class Session:
         self.results: dict[str, Any] = {"stamp": stamp(args.commit)}
         self.capability: int = self.results["stamp"]["capability"]
         self.device = torch.device("cuda")
-        self.products = Products(self.device, self.capability)
+        self.products = Products(Kernels(self.device, self.capability))
         self.lines: list[str] = []
         self.failures = 0
         self._start = time.monotonic()

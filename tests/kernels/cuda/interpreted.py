@@ -38,7 +38,7 @@ def product(
     grid = -(-n // tile.rows), -(-tokens // tile.tokens), chunks if tile.split else 1
     linear[grid](
         weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters, bias, residual, n,
-        tokens, **variant.constants(),
+        tokens, y.stride(0), **variant.constants(),
     )  # fmt: skip
     exact = torch.from_numpy(fmt.dequantize_rows(rows).astype(np.float64))
     wanted = x.double() @ exact.T + (bias if epilogue.bias else 0)

@@ -13,13 +13,13 @@ from gpu_weights import packed_tiles, random_rows
 from worker_orcd import quant
 from worker_orcd.errors import UnsupportedFormat
 from worker_orcd.kernels.backend import Matrix
+from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 from worker_orcd.kernels.cuda.launch import Products
 from worker_orcd.kernels.cuda.variants import (
     CAPABILITIES,
     FORMATS,
     MAX_SPLIT_TOKENS,
     Tile,
-    Variant,
     all_variants,
     choose_tile,
     shape_of,
@@ -55,10 +55,10 @@ def test_all_variants_covers_what_is_chosen() -> None:
 
 def test_constants_and_types_name_every_parameter_once() -> None:
     variant = next(all_variants([("Q6_K", 64, 256)], 90))
-    signature = variant.signature()
-    assert [name for name, kind in signature.items() if kind == "constexpr"] == list(variant.constants())
-    assert signature["w"] == "*u16" and signature["x"] == "*fp16"
-    assert next(all_variants([("MXFP4", 64, 256)], 90)).signature()["x"] == "*bf16"
+    kernel = variant.kernel()
+    assert dict(kernel.constants) == variant.constants()
+    assert dict(kernel.arguments)["w"] == "*u16" and dict(kernel.arguments)["x"] == "*fp16"
+    assert dict(next(all_variants([("MXFP4", 64, 256)], 90)).kernel().arguments)["x"] == "*bf16"
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:
@@ -123,10 +123,9 @@ def test_tiles_for_timing_are_a_packed_matrix(name: str) -> None:
 class Launch:
     """Takes the place of a compiled kernel."""
 
-    def __init__(self, variant: Variant, capability: int) -> None:
-        self.variant, self.src = variant, self
+    def __init__(self, kernel: Kernel, capability: int) -> None:
+        self.kernel = kernel
         self.calls: list[tuple[tuple[int, int, int], tuple[object, ...]]] = []
-        self.signature = variant.signature()
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Launch:
         self.grid = grid
@@ -139,11 +138,11 @@ class Launch:
 def test_a_launch_has_an_argument_for_every_parameter() -> None:
     made: list[Launch] = []
 
-    def compile(variant: Variant, capability: int) -> Launch:
-        made.append(Launch(variant, capability))
+    def compile(kernel: Kernel, capability: int) -> Launch:
+        made.append(Launch(kernel, capability))
         return made[-1]
 
-    products = Products(torch.device("cpu"), 90, compile)
+    products = Products(Kernels(torch.device("cpu"), 90, compile))
     weight = packed("Q4_0", 200, 2048)
     products.reserve(weight)
     x, out = torch.zeros(20, 2048, dtype=torch.float16), torch.zeros(20, 200)
@@ -151,16 +150,19 @@ def test_a_launch_has_an_argument_for_every_parameter() -> None:
         products.linear(
             x, weight, out, residual=out, tile=Tile(rows=64, tokens=16, warps=4, stages=2, split=True)
         )
-    [kernel] = made  # compiled once
-    assert [grid for grid, _ in kernel.calls] == [(4, 2, weight.shape.chunks)] * 2
-    names = dict(zip(kernel.signature, kernel.calls[0][1], strict=True))
+    [launch] = made  # compiled once
+    assert [grid for grid, _ in launch.calls] == [(4, 2, weight.shape.chunks)] * 2
+    parameters = [name for name, _ in launch.kernel.arguments + launch.kernel.constants]
+    names = dict(zip(parameters, launch.calls[0][1], strict=True))
     assert (names["x"], names["y"], names["residual"]) == (x.data_ptr(), out.data_ptr(), out.data_ptr())
     assert (names["n"], names["tokens"], names["K"]) == (200, 20, None)
-    assert kernel.variant.epilogue.residual and not kernel.variant.epilogue.bias
+    assert names["stride"] == 200
+    constants = dict(launch.kernel.constants)
+    assert constants["RESIDUAL"] and not constants["BIAS"]
 
 
 def test_a_split_product_needs_room_for_its_parts() -> None:
-    products = Products(torch.device("cpu"), 90, Launch)
+    products = Products(Kernels(torch.device("cpu"), 90, Launch))
     weight = packed("Q4_0", 64, 4096)
     assert weight.shape.chunks > 1
     products.reserve(weight, 4)

@@ -59,9 +59,12 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
 
 
 @triton.jit
-def finish(total, y, bias, residual, n, token, token_mask, pn, GLU: tl.constexpr, BIAS: tl.constexpr,
+def finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """What is done to a finished sum on its way out. `n` outputs; with GLU half as many columns."""
+    """What is done to a finished sum on its way out. `n` outputs; with GLU half as many columns.
+
+    `stride`: from a token to the next in y and residual.
+    """
     out = pn * ROWS + tl.arange(0, ROWS)
     if BIAS:
         total += tl.load(bias + out, mask=out < n, other=0.0)[:, None]
@@ -72,17 +75,17 @@ def finish(total, y, bias, residual, n, token, token_mask, pn, GLU: tl.constexpr
         value = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (ROWS // 2, TOKENS))
         half = pn * (ROWS // 2) + tl.arange(0, ROWS // 2)
         mask = (half < n // 2)[:, None] & token_mask
-        tl.store(y + token[None, :] * (n // 2) + half[:, None], value.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + token[None, :] * stride + half[:, None], value.to(y.dtype.element_ty), mask=mask)
     else:
         mask = (out < n)[:, None] & token_mask
-        at = token[None, :] * n + out[:, None]
+        at = token[None, :] * stride + out[:, None]
         if RESIDUAL:
             total += tl.load(residual + at, mask=mask, other=0.0)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens, K: tl.constexpr,
+def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens, stride, K: tl.constexpr,
            FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
            PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
            SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
@@ -112,7 +115,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
                                CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
                                PORTABLE)  # fmt: skip
     if CHUNKS == 1 or not SPLIT:
-        finish(total, y, bias, residual, n, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS, TOKENS)
+        finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS, TOKENS)
     else:
         out = pn * ROWS + rows
         mask = (out < n)[:, None] & token_mask
@@ -130,5 +133,6 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
             else:
                 for chunk in tl.range(0, CHUNKS, loop_unroll_factor=1):
                     total += tl.load(part + chunk * tokens * n, mask=mask, other=0.0, cache_modifier=".cg")
-            finish(total, y, bias, residual, n, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS, TOKENS)
+            finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS,
+                   TOKENS)  # fmt: skip
             tl.store(counter, 0)

@@ -7,11 +7,11 @@ A variant changes how long a product takes, never its bits. Importing this needs
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from worker_orcd.kernels.cuda.compiler import Kernel, compile_kernel
 from worker_orcd.kernels.cuda.contract import WANTED_PROGRAMS, num_chunks
 from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.gpu_layout import GpuLayout
@@ -27,7 +27,6 @@ _NARROW = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"})
 _SHORT = frozenset({"Q8_0", "Q4_K", "Q5_K"})
 # Bytes of shared memory that a program may have.
 _SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
-_POINTERS = 10  # parameters of the kernel, before n
 _DTYPES = {"F32": "*fp32", "F16": "*fp16", "BF16": "*bf16"}  # of words; else u16
 
 
@@ -106,16 +105,23 @@ class Variant:
             "PORTABLE": self.portable,
         }
 
-    def signature(self) -> dict[str, str]:
-        """The types of the kernel's parameters."""
+    def kernel(self) -> Kernel:
         words = _DTYPES.get(self.shape.format, "*u16")
         high = "*u16" if self.shape.layout.high_bits else words
-        run_time = {
+        arguments = {
             "w": words, "h": high, "s": "*u32", "shifts": "*u16", "x": f"*{self.shape.operand}",
             "y": f"*{self.epilogue.out}", "partials": "*fp32", "counters": "*i32", "bias": "*fp32",
-            "residual": "*fp32", "n": "i32", "tokens": "i32",
+            "residual": "*fp32", "n": "i32", "tokens": "i32", "stride": "i32",
         }  # fmt: skip
-        return run_time | dict.fromkeys(self.constants(), "constexpr")
+        return Kernel(
+            module="linear",
+            function="linear",
+            arguments=tuple(arguments.items()),
+            constants=tuple(self.constants().items()),
+            aligned=("n", "stride") if self.shape.aligned else (),
+            warps=self.tile.warps,
+            stages=self.tile.stages,
+        )
 
 
 def shape_of(format_name: str, n: int, k: int, step: int = 0) -> Shape:
@@ -193,18 +199,5 @@ def all_variants(
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
-    """Triton's CompiledKernel, from its cache on disk if it is there. Needs Triton, and no GPU."""
-    triton = importlib.import_module("triton")
-    compiler = importlib.import_module("triton.compiler")
-    backend = importlib.import_module("triton.backends.compiler")
-    kernel = importlib.import_module("worker_orcd.kernels.cuda.linear").linear
-    aligned = [["tt.divisibility", 16]]
-    multiples = [*range(_POINTERS), *([_POINTERS] if variant.shape.aligned else [])]  # n follows the pointers
-    source = compiler.ASTSource(
-        fn=kernel,
-        signature=variant.signature(),
-        constexprs=variant.constants(),
-        attrs={(i,): aligned for i in multiples},
-    )
-    options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages}
-    return triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
+    """As `compiler.compile_kernel`."""
+    return compile_kernel(variant.kernel(), capability)
