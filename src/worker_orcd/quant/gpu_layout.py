@@ -113,7 +113,7 @@ class GpuLayout:
         return self.codes.size + self.header.size
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """A weight is a word: only the order of steps changes."""
         return len(self.codes) == 1 and not self.header.size
 
@@ -145,7 +145,7 @@ class GpuLayout:
         n = len(rows)
         step = step or self.step(k)
         sections = self.sections(n, k, step)
-        if self._is_plain:
+        if self.is_plain:
             of_step = step * self.block_bits // 8
             padded = np.zeros((-(-n // TILE), TILE, -(-k // step), of_step), np.uint8)
             padded.reshape(-1, padded.shape[2] * of_step)[:n, : rows.shape[1]] = rows
@@ -165,7 +165,7 @@ class GpuLayout:
         step = step or self.step(k)
         tiles = -(-n // TILE)
         row_bytes = k // len(self.codes) * self.block_bits // 8
-        if self._is_plain:
+        if self.is_plain:
             steps = packed.reshape(tiles, -1, TILE, step * self.block_bits // 8)
             return steps.swapaxes(1, 2).reshape(tiles * TILE, -1)[:n, :row_bytes].copy()
         rows = np.empty((tiles * TILE, row_bytes), np.uint8)

@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.errors import InsufficientMemory, Internal
+from worker_orcd.kernels import placement
 from worker_orcd.kernels.backend import Limits
 from worker_orcd.kernels.cpu.library import Kind, Op, Rows
+from worker_orcd.kernels.placement import Lifetime
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 _FLOATS = ALIGNMENT // 4
@@ -160,40 +162,23 @@ def place(operations: Sequence[Recorded], result: Value, limits: Limits) -> tupl
     """Give each buffer an offset in floats, so that no two that are alive at once overlap; and the total.
 
     A buffer is alive from the operation that first writes it to the last that names it, the result to the
-    end. Each takes the lowest gap that holds it.
+    end.
     """
+    first_use: dict[Buffer, int] = {}
     last_use: dict[Buffer, int] = {}
     for index, operation in enumerate(operations):
         for value in operation.values:
+            first_use.setdefault(value.buffer, index)
             last_use[value.buffer] = index
     if result.buffer not in last_use:
         raise Internal("the forward function returned a tensor that no operation wrote")
     last_use[result.buffer] = len(operations)
-    places: dict[Buffer, int] = {}
-    alive: list[tuple[int, int, int]] = []  # offset, end, last use; by offset
-    total = 0
-    for index, operation in enumerate(operations):
-        alive = [entry for entry in alive if entry[2] >= index]
-        for value in operation.values:
-            buffer = value.buffer
-            if buffer in places:
-                continue
-            size = buffer.stride * row_count(buffer.rows, limits)
-            offset = _lowest_gap(alive, size)
-            places[buffer] = offset
-            alive.append((offset, offset + size, last_use[buffer]))
-            alive.sort()
-            total = max(total, offset + size)
-    return places, total
-
-
-def _lowest_gap(alive: Sequence[tuple[int, int, int]], size: int) -> int:
-    offset = 0
-    for start, end, _ in alive:
-        if start - offset >= size:
-            break
-        offset = max(offset, end)
-    return offset
+    lifetimes = [
+        Lifetime(buffer.stride * row_count(buffer.rows, limits), first, last_use[buffer])
+        for buffer, first in first_use.items()
+    ]
+    offsets, total = placement.place(lifetimes)
+    return dict(zip(first_use, offsets, strict=True)), total
 
 
 def aligned_zeros(num_bytes: int, what: str) -> NDArray[np.uint8]:
