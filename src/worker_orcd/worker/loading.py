@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker_orcd import hub
-from worker_orcd.config import DeviceConfig, EngineConfig, ServerConfig, WorkerConfig
+from worker_orcd.config import DeviceConfig, EngineConfig, WorkerConfig
 from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.engine.engine import Engine, Publish, ignore_failure
 from worker_orcd.engine.messages import StepObserver
 from worker_orcd.engine.scheduler import Scheduler
-from worker_orcd.errors import EngineError, InvalidConfiguration, InvalidModelFile
+from worker_orcd.errors import EngineError, InvalidConfiguration
 from worker_orcd.gguf.kind import quant_kind
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.hub import Progress
@@ -31,8 +31,8 @@ from worker_orcd.runner.memory import available_memory
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.text.chat import ChatTemplate
-from worker_orcd.text.template_process import RenderLimits
-from worker_orcd.text.tokenizer import Tokenizer, load_tokenizer
+from worker_orcd.text.tokenizer import Tokenizer
+from worker_orcd.worker.words import BackgroundWords
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -45,7 +45,7 @@ class Timings:
 
     resolve: float  # finding the file, downloading it if need be
     read: float  # header, metadata, tensor table; SHA-256 if asked for
-    tokenizer: float  # and chat template
+    tokenizer: float  # and chat template: what was waited for after the rest was ready
     weights: float  # choosing the device, planning its memory, packing the tensors
     compile: float  # KV cache, buffers, the compiled step
 
@@ -108,15 +108,7 @@ def load(
             )
         model = configure(file)
         read = clock.lap()
-        tokenizer = load_tokenizer(file.metadata, config.tokenizer)
-        if tokenizer.vocab_size > model.vocab_size:
-            raise InvalidModelFile(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the network knows {model.vocab_size}"
-            )
-        template, no_template = _chat_template(config.server, file, tokenizer, warn)
-        if template is not None:
-            undo.callback(template.close)
-        worded = clock.lap()
+        words = undo.enter_context(BackgroundWords(config, file, model.vocab_size))
         backend = _backend(config.device, warn, lambda: report("compiling the CPU kernels", 0, 1))
         undo.callback(backend.close)
         plan = _plan(file, model, backend, config.engine, config.device)
@@ -125,12 +117,17 @@ def load(
         for note in plan.notes:
             warn(note)
         model = model.serving(plan.max_model_len)
-        weights = load_weights(
-            file, model, backend, lambda fraction: _report_weights(report, fraction, file.file_bytes)
-        )
+
+        def on_weights(fraction: float) -> None:
+            words.raise_what_failed()
+            report("loading weights", int(fraction * file.file_bytes), file.file_bytes)
+
+        weights = load_weights(file, model, backend, on_weights)
         weighed = clock.lap()
         engine_config = replace(config.engine, max_model_len=plan.max_model_len)
         runner = ModelRunner(Decoder(model, weights, backend), backend, plan, engine_config)
+        compiled = clock.lap()
+        tokens = words.wait(warn)
         file.close()
         undo.pop_all()
     return LoadedModel(
@@ -142,12 +139,14 @@ def load(
         config=model,
         plan=plan,
         engine_config=engine_config,
-        tokenizer=tokenizer,
-        chat_template=template,
-        no_chat_template=no_template,
+        tokenizer=tokens.tokenizer,
+        chat_template=tokens.template,
+        no_chat_template=tokens.no_template,
         backend=backend,
         runner=runner,
-        timings=Timings(resolve=resolved, read=read, tokenizer=worded, weights=weighed, compile=clock.lap()),
+        timings=Timings(
+            resolve=resolved, read=read, tokenizer=clock.lap(), weights=weighed, compile=compiled
+        ),
     )
 
 
@@ -213,37 +212,6 @@ def _plan(
     return make_plan(known, tensor_bytes(file), backend, engine, device, available_memory())
 
 
-def _chat_template(
-    server: ServerConfig, file: GGUFFile, tokenizer: Tokenizer, warn: Warn
-) -> tuple[ChatTemplate | None, str]:
-    """The template, or why there is none: a model whose own template is broken still completes text."""
-    override = server.chat_template
-    if override is not None:
-        try:
-            source = override.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise InvalidConfiguration(
-                f"the chat template {override.name} cannot be read: {reason}"
-            ) from None
-    else:
-        source = file.metadata.string("tokenizer.chat_template", default="")
-        if not source:
-            return None, "the model file has no chat template"
-    bos_token, eos_token = (
-        "" if token_id is None else tokenizer.token_text(token_id)
-        for token_id in (tokenizer.bos_id, tokenizer.eos_id)
-    )
-    try:
-        limits = RenderLimits(max_chars=server.max_prompt_chars)
-        return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token, limits=limits), ""
-    except InvalidModelFile as error:
-        if override is not None:
-            raise InvalidConfiguration(f"{override.name}: {error.message}") from None
-        warn(f"Chat is not available: {error.message}")
-        return None, error.message
-
-
 def _model_id(path: Path) -> str:
     return _PART.sub("", path.stem)
 
@@ -253,10 +221,6 @@ def _sha256(config: WorkerConfig) -> str | None:
     if config.model_sha256 is not None:
         return config.model_sha256.lower()
     return hub.DEMO.sha256 if config.model == "demo" else None
-
-
-def _report_weights(report: Progress, fraction: float, num_bytes: int) -> None:
-    report("loading weights", int(fraction * num_bytes), num_bytes)
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:
