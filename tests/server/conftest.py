@@ -112,7 +112,7 @@ class Reciter:
     def stop(self) -> None:
         self.go.set()
         self._inbox.put(None)
-        self._thread.join(5)
+        self._thread.join(60)
 
     def _run(self) -> None:
         while True:
@@ -263,6 +263,7 @@ async def world(tokenizer: Tokenizer, chat_template: ChatTemplate) -> AsyncItera
         **settings: Any,
     ) -> World:
         buffered = settings.pop("max_buffered_outputs", 4096)
+        settings.setdefault("metrics_interval_ms", 3_600_000)  # one at the end of a stream, however slow it is
         config = ServerConfig(**settings)
         status = Status(worker_id="w-1", model_ref="small.gguf")
         metrics = Metrics(status)
@@ -335,10 +336,10 @@ def events_of() -> Callable[[str], list[tuple[str, Any]]]:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], Any]:
-    """Waits until something is so, for ten seconds at most."""
+    """Waits until something is so, for a minute at most."""
 
     async def wait(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.002)
 

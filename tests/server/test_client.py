@@ -52,7 +52,7 @@ async def collect(client, admission, seen):
 
 
 async def begun(sent, number):
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while len(sent) < number:
             await asyncio.sleep(0)
     return [command.id for command in sent if isinstance(command, Submit)]

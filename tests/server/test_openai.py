@@ -179,6 +179,7 @@ async def test_the_first_failure_ends_all_choices(world, events_of, eventually):
     failure = Output(0, finish_reason=FinishReason.ERROR, error_code="VRAM_OOM", error="no memory")
     w = world()
     w.engine.answer = lambda submit: [65, failure] if submit.sampling.seed == 1 else [65]
+    w.engine.step_seconds = 0.05  # so that the others have not ended by themselves
     body = {"prompt": "x", "n": 3, "seed": 0, "ignore_eos": True, "max_tokens": 400}
     response = await post(w, "/v1/completions", body)
     assert response.status_code == 500

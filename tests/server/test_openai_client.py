@@ -109,6 +109,7 @@ async def test_errors_are_the_exceptions_they_should_be(connect):
 async def test_leaving_a_stream_early_cancels_it(connect, eventually):
     async with connect() as (w, client):
         w.engine.answer = lambda _: [65]
+        w.engine.step_seconds = 0.05  # so that it has not ended by itself before it is left
         stream = await client.chat.completions.create(
             model="small", messages=USER, stream=True, extra_body={"ignore_eos": True}
         )

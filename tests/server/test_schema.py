@@ -30,7 +30,7 @@ def explore(operation, mode, url, examples):
         suppress_health_check=list(HealthCheck),
     )
     def run(case):
-        response = case.call(base_url=url, timeout=5)
+        response = case.call(base_url=url, timeout=60)
         case.validate_response(response, checks=CHECKS)
         if response.status_code >= 400:
             assert set(response.json()["error"]) >= {"message", "code"}
