@@ -263,7 +263,7 @@ async def world(tokenizer: Tokenizer, chat_template: ChatTemplate) -> AsyncItera
         **settings: Any,
     ) -> World:
         buffered = settings.pop("max_buffered_outputs", 4096)
-        settings.setdefault("metrics_interval_ms", 3_600_000)  # one at the end of a stream, however slow it is
+        settings.setdefault("metrics_interval_ms", 3_600_000)  # only at the end, however slow a stream is
         config = ServerConfig(**settings)
         status = Status(worker_id="w-1", model_ref="small.gguf")
         metrics = Metrics(status)

@@ -46,7 +46,7 @@ def config(tiny_model: Path) -> WorkerConfig:
         worker_id="w1",
         device=DeviceConfig(cpu_threads=1, kv_cache_size_mb=4),
         engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=64),
-        server=ServerConfig(port=0, shutdown_grace_seconds=20.0),
+        server=ServerConfig(port=0, shutdown_grace_seconds=60.0),
     )
 
 
@@ -65,7 +65,7 @@ def start(config: WorkerConfig) -> Start:
             uri = uri_of(listener, wanted.server)
             worker = Worker(wanted, status, narration, listener, token, None)
             task = asyncio.create_task(worker.run())
-            async with httpx.AsyncClient(base_url=uri, timeout=30, trust_env=False) as client:
+            async with httpx.AsyncClient(base_url=uri, timeout=60, trust_env=False) as client:
                 running = Running(worker, client, log, task)
                 try:
                     yield running
@@ -74,6 +74,6 @@ def start(config: WorkerConfig) -> Start:
                         with contextlib.suppress(httpx.HTTPError):
                             await client.post("/shutdown")
             if not task.done():
-                await asyncio.wait_for(task, 30)
+                await asyncio.wait_for(task, 120)
 
     return started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 from collections.abc import AsyncIterator
@@ -32,9 +33,15 @@ class Manager:
         self.url = ""
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answering = asyncio.create_task(self.answer(reader, writer))
+        answering = asyncio.create_task(self.answer_if_asked(reader, writer))
         self.answering.append(answering)
         await answering
+
+    async def answer_if_asked(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A client may give up before it has asked."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await self.answer(reader, writer)
+        writer.close()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")

@@ -63,9 +63,9 @@ def test_a_loaded_model_knows_itself_and_answers(config: WorkerConfig, tiny_mode
             sampling=SamplingParams(temperature=0.0),
         )
     )
-    outputs = [output for _ in range(5) for output in published.get(timeout=20)]
+    outputs = [output for _ in range(5) for output in published.get(timeout=60)]
     assert outputs[-1].finish_reason is FinishReason.LENGTH
-    assert engine.stop(10)
+    assert engine.stop(60)
     loaded.close()
 
 

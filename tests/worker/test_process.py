@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import socket
+import statistics
 import threading
 import time
 from dataclasses import replace
@@ -26,10 +28,25 @@ from worker_orcd.worker.process import model_ref
 pytestmark = pytest.mark.slow
 
 
+SECONDS = 60.0  # more than anything here waits for
+
+
 def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """A device on which a step takes that long."""
     original = runner._PendingStep.wait
     monkeypatch.setattr(runner._PendingStep, "wait", lambda step: time.sleep(seconds) or original(step))
+
+
+def hold_steps(monkeypatch: pytest.MonkeyPatch, *, after: int) -> threading.Event:
+    """A device that computes so many steps, and the others once the event is set."""
+    original, numbers, go = runner._PendingStep.wait, itertools.count(1), threading.Event()
+
+    def wait(step: Any) -> Any:
+        assert next(numbers) <= after or go.wait(SECONDS)
+        return original(step)
+
+    monkeypatch.setattr(runner._PendingStep, "wait", wait)
+    return go
 
 
 async def first_token(events: Any) -> None:
@@ -46,7 +63,7 @@ async def rest(events: Any) -> list[tuple[str, dict[str, Any]]]:
 async def test_it_answers_while_it_loads_and_then_serves(start: Start, monkeypatch: pytest.MonkeyPatch):
     gate = threading.Event()
     original = loading.load_weights
-    monkeypatch.setattr(loading, "load_weights", lambda *args: gate.wait(30) and original(*args))
+    monkeypatch.setattr(loading, "load_weights", lambda *args: gate.wait(SECONDS) and original(*args))
     async with start() as running:
         health = await running.health()
         assert (health["status"], health["state"]) == ("loading", "starting") and health["load_percent"] < 100
@@ -88,7 +105,7 @@ async def test_people_see_the_memory_plan_as_a_table(start: Start):
 
 
 async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytest.MonkeyPatch):
-    slow_steps(monkeypatch, 0.01)
+    go = hold_steps(monkeypatch, after=3)
     async with start() as running:
         await running.until_ready()
         async with running.job("j1", max_tokens=60) as response:
@@ -100,6 +117,7 @@ async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytes
             refused = await running.client.post("/execute", json={"job_id": "j2", "prompt": "ab"})
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "DRAINING"
             assert "retry-after" in refused.headers
+            go.set()
             left = await rest(events)
         assert left[-1][0] == "end" and left[-1][1]["tokens_out"] == 60
         assert await running.exit_code() == 0
@@ -109,7 +127,7 @@ async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytes
 async def test_what_does_not_finish_in_time_is_cancelled(
     start: Start, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    slow_steps(monkeypatch, 0.02)
+    slow_steps(monkeypatch, 0.05)
     async with start(server=replace(config.server, shutdown_grace_seconds=0.2)) as running:
         await running.until_ready()
         async with running.job("j1", max_tokens=400) as response:
@@ -130,11 +148,11 @@ async def test_an_idle_worker_stops_at_once(start: Start):
         started = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
         assert await running.exit_code() == 0
-        assert time.monotonic() - started < 5  # nothing to wait for: the grace is longer
+        assert time.monotonic() - started < 30  # nothing to wait for: the grace is a minute
 
 
 async def test_a_lost_device_ends_every_stream_and_the_worker(start: Start, monkeypatch: pytest.MonkeyPatch):
-    slow_steps(monkeypatch, 0.01)
+    slow_steps(monkeypatch, 0.05)
     async with start() as running:
         await running.until_ready()
         ends: list[tuple[str, dict[str, Any]]] = []
@@ -185,7 +203,7 @@ async def test_a_failed_load_is_told_by_health(start: Start, monkeypatch: pytest
     failing = threading.Event()
 
     def fail(*_args: Any, **_named: Any) -> Any:
-        failing.wait(30)
+        failing.wait(SECONDS)
         raise InsufficientMemory("the model needs 3 MiB, there are 2 MiB")
 
     monkeypatch.setattr(loading, "load_weights", fail)
@@ -224,7 +242,7 @@ async def test_loading_is_given_up_when_the_worker_is_to_stop(start: Start, monk
 
     def slow(file: Any, model: Any, backend: Any, report: Any) -> Any:
         began.set()
-        for _ in range(1000):
+        for _ in range(6000):
             report(0.0)  # raises once the worker stops
             time.sleep(0.01)
         return original(file, model, backend, report)
@@ -290,38 +308,49 @@ def test_a_model_is_named_without_its_directory(model: str, ref: str):
     assert model_ref(model) == ref
 
 
-async def test_health_stays_quick_while_streams_run(start: Start):
-    """Not a benchmark: a worker whose loop is held up would miss this by far."""
+async def test_health_stays_quick_while_streams_run(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """Not a benchmark: each step of the device takes until /health has been answered once more, so a worker
+    whose loop waited for the engine would stop for good; and an answer costs the loop little.
+    """
+    original, answered = runner._PendingStep.wait, threading.Event()
+
+    def wait(step: Any) -> Any:
+        answered.clear()
+        assert answered.wait(SECONDS)
+        return original(step)
+
+    monkeypatch.setattr(runner._PendingStep, "wait", wait)
     async with start() as running:
         await running.until_ready()
 
         async def stream(name: str) -> None:
-            async with running.job(name, max_tokens=200) as response:
+            async with running.job(name, max_tokens=80) as response:
                 assert (await rest(events_of(response)))[-1][0] == "end"
 
         streams = [asyncio.create_task(stream(f"j{i}")) for i in range(8)]
-        await asyncio.sleep(0.05)
-        taken: list[float] = []
+        costs: list[float] = []
         while not all(task.done() for task in streams):
-            started = time.monotonic()
+            started = time.thread_time()
             await running.health()
-            taken.append(time.monotonic() - started)
+            costs.append(time.thread_time() - started)
+            answered.set()
         await asyncio.gather(*streams)
-        assert sorted(taken)[len(taken) // 2] < 0.1
+        assert len(costs) >= 80 and statistics.median(costs) < 0.1
 
 
 async def test_disconnected_clients_leave_no_blocks_behind(start: Start, monkeypatch: pytest.MonkeyPatch):
-    slow_steps(monkeypatch, 0.01)
+    slow_steps(monkeypatch, 0.05)
     async with start() as running:
         await running.until_ready()
         for i in range(3):
             async with running.job(f"j{i}", max_tokens=400) as response:
                 await first_token(events_of(response))
         await until_idle(running)
+        assert len(running.events("cancel")) == 3
 
 
 async def until_idle(running: Running) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SECONDS):
         while True:
             health = await running.health()
             if health["kv_blocks_free"] == health["kv_blocks_total"] and health["running"] == 0:

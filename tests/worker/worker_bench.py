@@ -44,12 +44,12 @@ class Running:
         return (await self.client.get("/health")).json()
 
     async def until_ready(self) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while (await self.client.get("/ready")).status_code != 200:
                 await asyncio.sleep(0.02)
 
     async def exit_code(self) -> int:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             return await self.task
 
     def job(self, name: str, **fields: Any) -> AbstractAsyncContextManager[httpx.Response]:
