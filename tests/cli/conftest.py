@@ -46,7 +46,7 @@ def execute() -> Invoke:
 
     def run(*words: str) -> Outcome:
         command = [sys.executable, "-m", "worker_orcd", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run

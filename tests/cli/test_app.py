@@ -71,11 +71,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_help_is_quick(execute: Any) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert execute("--help").status == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime < 1.0  # 0.2 s of processor time on a quiet machine
+def processor_seconds(*words: str) -> float:
+    """What a command of this Python costs, however long it has to wait for a core."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def test_help_is_quick() -> None:
+    yardstick = processor_seconds("-c", "import typer")
+    assert processor_seconds("-m", "worker_orcd", "--help") < 10 * yardstick  # three times, where measured
 
 
 def test_it_runs_as_a_module_and_as_a_script(execute: Any) -> None:
@@ -169,6 +174,6 @@ def test_fetch_prints_the_file_and_nothing_else(invoke: Any, demo_model: Path) -
 
 def test_a_reader_that_goes_away_is_no_traceback(demo_model: Path) -> None:
     command = f"{sys.executable} -m worker_orcd inspect {demo_model} --json | head -c 10"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=280)
     assert "Traceback" not in done.stderr
     assert done.stdout == '{\n  "versi'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_the_report_is_stamped_and_consistent(invoke: Any, demo_model: Path, tmp
         assert result["total_rate"] * result["seconds"] == pytest.approx(32 * size)
         assert 0 < result["first_token_ms"] <= 1000 * result["seconds"]
         assert result["first_token_ms"] <= result["first_token_ms_p95"]
-        assert 7 <= result["decode_steps"] <= 9
+        assert 7 <= result["decode_steps"] <= 8 * size  # the most if each began after the others
         # The engine's own clock and ours, which also sees what lies between two steps.
         assert result["decode_step_ms"] <= 1.2 * result["between_tokens_ms"] + 1
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
@@ -122,16 +123,17 @@ class FakeEngine:
             yield self.started + 0.5 + 0.1 * i, Output(number, (SampledToken(1),), finish_reason=reason)
 
 
-def test_rates_and_latencies_are_what_the_times_say() -> None:
+def test_rates_and_latencies_are_what_the_times_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: 1000.0))
     recorder = measure.StepRecorder()
     engine: Any = FakeEngine(recorder)
     result = measure.measure_batch(engine, recorder, 2, measure.Workload(4, 4, repeats=1))
-    assert result.seconds == pytest.approx(0.8, abs=0.01)
-    assert result.output_rate == pytest.approx(8 / 0.8, rel=0.02)
-    assert result.total_rate == pytest.approx(16 / 0.8, rel=0.02)
-    assert result.first_token_ms == pytest.approx(500, rel=0.02)
-    assert result.prompt_rate == pytest.approx(8 / 0.5, rel=0.02)
-    assert result.between_tokens_ms == pytest.approx(100, rel=0.02)
+    assert result.seconds == pytest.approx(0.8)
+    assert result.output_rate == pytest.approx(8 / 0.8)
+    assert result.total_rate == pytest.approx(16 / 0.8)
+    assert result.first_token_ms == pytest.approx(500)
+    assert result.prompt_rate == pytest.approx(8 / 0.5)
+    assert result.between_tokens_ms == pytest.approx(100)
     assert result.decode_rate == pytest.approx(2 / 0.1)
     assert (result.decode_step_ms, result.decode_steps) == (pytest.approx(100), 3)
 

@@ -89,7 +89,7 @@ class Terminal:
         os.close(slave)
         self.text = ""
 
-    def wait_for(self, expression: str, seconds: float = 120.0) -> str:
+    def wait_for(self, expression: str, seconds: float = 240.0) -> str:
         """Read until what has not been asked for yet matches; forget it."""
         deadline = time.monotonic() + seconds
         while (match := re.search(expression, self.text, re.DOTALL)) is None:
@@ -107,7 +107,7 @@ class Terminal:
         for _ in range(20):
             os.killpg(self.process.pid, signal.SIGINT)
             try:
-                return self.wait_for(expression, seconds=2.0)
+                return self.wait_for(expression, seconds=10.0)
             except AssertionError:
                 continue
         return self.wait_for(expression)
@@ -169,7 +169,7 @@ def test_a_conversation(demo_model: Path) -> None:
         terminal.wait_for(r"autumn rain\.\r?\n.{40}")
         os.killpg(terminal.process.pid, signal.SIGINT)  # Ctrl-C stops the answer, not the program
         stopped = terminal.wait_for(r"tok/s\].*> ")
-        assert int(re.findall(r"(\d+) tokens, [\d.]+ tok/s", stopped)[-1]) < 500
+        assert int(re.findall(r"(\d+) tokens, [\d.]+ tok/s", stopped)[-1]) < 2000
 
         terminal.type("/nonsense\n")
         assert "/reset" in terminal.wait_for(r"Ctrl-C stops the answer\..*> ")
@@ -180,6 +180,6 @@ def test_a_conversation(demo_model: Path) -> None:
         terminal.type("Say hello.\n")
         assert "prompt tokens" in terminal.wait_for(r"Say hello.*tok/s\].*> ")
         terminal.type("/exit\n")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(120) == 0
     finally:
         terminal.close()
