@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,7 +254,7 @@ def test_processes_that_ask_at_once_all_get_it_and_one_downloads(
         )
         for _ in range(4)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=280) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
     answers = [out.decode().split() for out, _ in outputs]
     assert [answer[0] for answer in answers] == [str(len(CONTENT))] * 4
@@ -346,16 +345,17 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
 
 
 RESOLVE = """
-import json, sys
+import json, sys, time
 from worker_orcd import hub
 from worker_orcd.errors import ModelNotFound
 for model in sys.argv[1:]:
     news = []
+    started = time.monotonic()
     try:
         path = hub.resolve(model, lambda *told: news.append(told))
         print(json.dumps({"path": str(path), "news": news}))
     except ModelNotFound as error:
-        print(json.dumps({"error": str(error)}))
+        print(json.dumps({"error": str(error), "seconds": time.monotonic() - started}))
 """
 
 
@@ -370,7 +370,7 @@ def resolve_in_a_process(endpoint: str, home: Path, *models: str) -> list[dict[s
         "NO_PROXY": "127.0.0.1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", RESOLVE, *models], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RESOLVE, *models], env=environment, capture_output=True, text=True, timeout=280
     )
     assert (done.returncode, done.stderr) == (0, "")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -427,9 +427,8 @@ def test_a_connection_that_is_lost_is_told_in_our_words(fake_hub: Any, tmp_path:
 def test_a_hub_that_is_not_there_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for offline in ("1", "0"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-        started = time.monotonic()
         [answer] = resolve_in_a_process("http://127.0.0.1:9", tmp_path, "hf:org/repo/m.gguf")
-        assert time.monotonic() - started < 10
+        assert answer["seconds"] < 20  # the library's own tries would take half a minute
         assert "check the network" in answer["error"]
 
 

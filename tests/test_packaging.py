@@ -44,7 +44,7 @@ def build_wheel(source: Path, tools: Path) -> Path:
         env=os.environ | {"PATH": str(tools)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     [wheel] = (source / "out").glob("*.whl")

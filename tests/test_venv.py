@@ -45,7 +45,7 @@ class Bare:
         """Exit status, stderr, and what was done."""
         command = ["/bin/bash", str(SCRIPT), "the-environment"]
         environment = {"PATH": str(self.tools)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
         log = self.state / "log"
         return done.returncode, done.stderr, log.read_text().splitlines() if log.exists() else []
 

@@ -239,6 +239,6 @@ def in_a_fresh_process(script: str) -> str:
     root = Path(__file__).parents[2]
     path = f"import sys; sys.path[:0] = [{str(root / 'src')!r}, {str(root / 'tests')!r}]\n"
     command = [sys.executable, "-W", "ignore", "-c", path + textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr)
     return done.stdout

@@ -31,7 +31,7 @@ def seconds(work: Callable[[], object]) -> float:
 def check(work: Callable[[str], object], unit: str) -> None:
     small, large = (seconds(lambda n=n: work((unit * n)[:n])) for n in (SMALL, 4 * SMALL))
     assert large < max(10 * small, 0.2), f"{unit!r}: {small:.3f} s, of four times the length {large:.3f} s"
-    assert large < 4
+    assert large < 30
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "phi-3", "starcoder"])

@@ -156,15 +156,16 @@ def test_empty_stop_strings_match_nothing():
 )
 def test_adversarial_stop_strings_take_linear_time(stop: list[str]) -> None:
     def seconds(characters: int) -> float:
-        best = 9.0
+        """Of this process, so that other processes do not count; the best of three."""
+        best = float("inf")
         for _ in range(3):
             stream = TextStream(stop)
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(characters // 100):
                 stream.push(b"a" * 99 + b"a")
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     small, large = seconds(50_000), seconds(200_000)
-    assert large < 12 * small  # 4 times the text
-    assert large < 5
+    assert large < 10 * small  # 4 times the text; what is quadratic takes 16 times as long
+    assert large < 30

@@ -4,11 +4,13 @@ was.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,7 @@ from worker_orcd.text.template_process import RenderLimits
 
 LIMITS = RenderLimits(seconds=0.5, max_chars=1 << 20, memory_bytes=64 << 20)
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+MOST_SECONDS = 60.0  # to start, compile and render on a busy machine; without limits it would be hours
 SEEN = r"uid=\d|root:|posix|<module|builtins|subclass|/etc|/home|os\.|Popen"
 
 
@@ -60,7 +63,7 @@ def test_exhaustion(source: str) -> None:
     rendered, error = attempt(source)
     seconds = time.perf_counter() - start
     assert error is not None, f"{len(rendered)} characters"
-    assert seconds < 2 * LIMITS.seconds + 8  # compiling, rendering, and starting on a busy machine
+    assert seconds < MOST_SECONDS
     assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
@@ -69,7 +72,7 @@ def test_the_compiler_is_bounded_too(name: str) -> None:
     start = time.perf_counter()
     rendered, _ = attempt(COMPILER[name])
     assert len(rendered) <= LIMITS.max_chars
-    assert time.perf_counter() - start < 2 * LIMITS.seconds + 8
+    assert time.perf_counter() - start < MOST_SECONDS
 
 
 def test_a_template_that_was_stopped_is_tried_again():
@@ -77,22 +80,23 @@ def test_a_template_that_was_stopped_is_tried_again():
         "{% if messages | length == 2 %}"
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}ok"
     )
-    template = ChatTemplate(source, limits=RenderLimits(seconds=0.5))
+    template = ChatTemplate(source, limits=RenderLimits(seconds=4))
     for _ in range(2):
-        with pytest.raises(InvalidParameter, match=r"it takes longer than 0\.5 s"):
+        with pytest.raises(InvalidParameter, match="it takes longer than 4 s"):
             template.render(MESSAGES)
         assert template.render(MESSAGES[:1]) == "ok"
     template.close()
 
 
 def test_memory_of_the_process_is_bounded():
-    template = ChatTemplate("{{ messages[0].n | int * 'x' }}", limits=LIMITS)
+    limits = replace(LIMITS, seconds=60)  # memory is what ends it
+    template = ChatTemplate("{{ messages[0].n | int * 'x' }}", limits=limits)
     process = psutil.Process(template.process_id)
     for n in (10**6, 10**8, 10**9, 10**11, 10**6):
         try:
             template.render([{"role": "user", "content": "", "n": n}])
         except InvalidParameter as error:
-            assert re.search("memory|longer|OverflowError", str(error)), error
+            assert re.search("memory|longer than 1048576 characters|OverflowError", str(error)), error
         assert process.memory_info().rss < LIMITS.memory_bytes + (64 << 20)
     assert template.process_id == process.pid  # refused, not died
     template.close()
@@ -126,16 +130,18 @@ def test_no_process_outlives_the_worker():
         "from worker_orcd.text.chat import ChatTemplate\n"
         "from worker_orcd.text.template_process import RenderLimits\n"
         "t = ChatTemplate('{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}',"
-        " limits=RenderLimits(seconds=2))\n"
+        " limits=RenderLimits(seconds=5))\n"
         "print(t.process_id, flush=True)\n"
         "t.render([{'role': 'user', 'content': ''}])\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
-        child = psutil.Process(int(worker.stdout.readline()))
+        number = int(worker.stdout.readline())
         worker.kill()
-    psutil.wait_procs([child], timeout=10)
-    assert not child.is_running()
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
+        child = psutil.Process(number)
+        psutil.wait_procs([child], timeout=60)
+        assert not child.is_running()
 
 
 def test_a_killed_process_is_replaced():
