@@ -23,7 +23,7 @@ FAST = settings(
     max_examples=150,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 MEANT = ("general.alignment", "split.")  # keys that mean something to the reader

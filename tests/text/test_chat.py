@@ -319,7 +319,11 @@ def test_every_string_of_a_request_is_a_users():
     assert TINY.decode(ids, skip_control=False).count(evil) == 9
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     st.lists(
         st.sampled_from(["<|", "|>", "stop", "start", "<", "|", ">", " ", "a", "\U00100000"]), max_size=8
