@@ -26,6 +26,7 @@ from worker_client import (
 
 SPARE_QUEUE = 16  # places in the queue beyond the jobs of a crowd
 GRACE_SECONDS = 30  # of the worker
+EXIT_SECONDS = 120  # after its last answer
 VICTIM_TOKENS = 2000  # of prompt
 SEEN_BLOCKS = 100  # that a victim holds, and others cannot have taken or given back meanwhile
 
@@ -389,8 +390,9 @@ async def drain(crowd: Crowd, worker: WorkerProcess, count: int) -> float:
     for i, exchange in zip(longest, exchanges, strict=True):
         answer = parse_answer(await exchange.response())
         require(answer.outcome == crowd.alone[i].outcome, f"job {i} ended otherwise while draining: {answer}")
+    answered = time.monotonic()
     while worker.process.poll() is None:
-        require(time.monotonic() - began < GRACE_SECONDS + 20, "the worker does not exit")
+        require(time.monotonic() - answered < EXIT_SECONDS, "the worker does not exit")
         await asyncio.sleep(0.01)
     require(
         worker.process.returncode == 0, f"the exit status is {worker.process.returncode}:\n{worker.log()}"

@@ -27,8 +27,8 @@ from typing import Any
 import worker_orcd
 
 HOST = "127.0.0.1"
-START_SECONDS = 120.0
-PATIENCE_SECONDS = 300.0  # for a response, and for what a test waits for
+START_SECONDS = 300.0
+PATIENCE_SECONDS = 900.0  # for a response, and for what a test waits for
 
 
 class Wrong(Exception):
@@ -81,7 +81,7 @@ class WorkerProcess:
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """Status and JSON of a GET, on a connection of its own."""
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=30)
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
@@ -373,7 +373,7 @@ class HealthPoller:
 
     def stop(self) -> list[float]:
         """Seconds that each answer took. Raises Wrong if one was not as it should be."""
-        out, _ = self._process.communicate(b"stop\n", timeout=60)
+        out, _ = self._process.communicate(b"stop\n", timeout=START_SECONDS)
         require(self._process.returncode == 0, f"polling /health failed: {out.decode()}")
         return json.loads(out)
 

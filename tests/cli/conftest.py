@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from worker_orcd.cli import terminal
 from worker_orcd.cli.app import build
 
 
@@ -23,8 +25,12 @@ Invoke = Callable[..., Outcome]
 
 
 @pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
-    """`invoke("inspect", "x.gguf")`: what `worker-orcd inspect x.gguf` prints, and its exit status."""
+def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
+    """`invoke("inspect", "x.gguf")`: what `worker-orcd inspect x.gguf` prints, and its exit status.
+
+    Progress is left out: on a busy machine loading takes long enough to be told.
+    """
+    monkeypatch.setattr(terminal, "WORTH_TELLING_SECONDS", math.inf)
     app = build()
 
     def run(*words: str) -> Outcome:
