@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from worker_orcd.kernels.cuda.variants import (
     CAPABILITIES,
@@ -104,13 +105,7 @@ def tools() -> Path:
 
 def inspect(variant: Variant, capability: int) -> Codegen:
     compiled = compile_variant(variant, capability)
-    with tempfile.TemporaryDirectory() as directory:
-        ptx, cubin = Path(directory, "k.ptx"), Path(directory, "k.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        target = f"--gpu-name=sm_{capability}{'a' if capability == 90 else ''}"
-        log = run([tools() / "ptxas", "-v", target, ptx, "-o", Path(directory, "again.cubin")])
-        sass = run([tools() / "cuobjdump", "-sass", cubin])
+    log, sass = assembled(compiled, capability)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     gpu_ir = compiled.asm["ttgir"]
@@ -128,6 +123,17 @@ def inspect(variant: Variant, capability: int) -> Codegen:
         from_registers=len(re.findall(r"HGMMA\S* R\d+, R\d+, gdesc", sass)),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)))),
     )
+
+
+def assembled(compiled: Any, capability: int) -> tuple[str, str]:
+    """What ptxas says of a compiled kernel, and its machine code."""
+    with tempfile.TemporaryDirectory() as directory:
+        ptx, cubin = Path(directory, "k.ptx"), Path(directory, "k.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        target = f"--gpu-name=sm_{capability}{'a' if capability == 90 else ''}"
+        log = run([tools() / "ptxas", "-v", target, ptx, "-o", Path(directory, "again.cubin")])
+        return log, run([tools() / "cuobjdump", "-sass", cubin])
 
 
 def run(command: list[Path | str]) -> str:

@@ -65,6 +65,7 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
     """Neither Triton nor a server's libraries; and no GPU is looked for."""
     code = (
         "import sys, worker_orcd.kernels.cuda.launch, worker_orcd.kernels.cuda.weights\n"
+        "import worker_orcd.kernels.cuda.operations\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'triton', 'fastapi', 'pydantic', 'uvicorn'}))"

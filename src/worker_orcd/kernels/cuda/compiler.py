@@ -27,15 +27,17 @@ class Kernel:
     arguments: tuple[tuple[str, str], ...]  # given at a launch: name and Triton's type, in order
     constants: tuple[tuple[str, Any], ...]  # the compile-time parameters, which follow
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, beside all pointers
+    loose: tuple[str, ...] = ()  # pointers that may be no multiples of 16
     warps: int = 4
     stages: int = 3
+    fused: bool = True  # products may be fused with the sums they go into, as the compiler likes
 
     @property
     def aligned_arguments(self) -> tuple[int, ...]:
         return tuple(
             index
             for index, (name, kind) in enumerate(self.arguments)
-            if kind.startswith("*") or name in self.aligned
+            if (kind.startswith("*") and name not in self.loose) or name in self.aligned
         )
 
 
@@ -54,7 +56,11 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
         constexprs=dict(kernel.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in kernel.aligned_arguments},
     )
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {
+        "num_warps": kernel.warps,
+        "num_stages": kernel.stages,
+        "enable_fp_fusion": kernel.fused,
+    }
     return triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -74,7 +80,10 @@ class Kernels:
         return found
 
     def launch(self, kernel: Kernel, grid: Grid, *arguments: torch.Tensor | int | float) -> None:
-        """`arguments` as the kernel names them; tensors on this device, starting at multiples of 16 bytes."""
+        """`arguments` as the kernel names them; tensors on this device.
+
+        They start at multiples of 16 bytes, but for the kernel's `loose` ones.
+        """
         values = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
         if len(values) != len(kernel.arguments):
             raise ValueError(f"{kernel.function} takes {len(kernel.arguments)} arguments, not {len(values)}")
