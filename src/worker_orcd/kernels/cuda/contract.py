@@ -10,6 +10,7 @@ from worker_orcd.quant.gpu_layout import TILE, GpuLayout
 
 WANTED_PROGRAMS = 256  # enough for the GPUs we know to hide memory's latency
 SHORTEST_CHUNK = 256  # columns: adding up more parts would cost more than it brings
+SLOTS = 4  # experts that a token goes to at least, in the models we know: their tiles are programs too
 
 
 def num_chunks(layout: GpuLayout, n: int, k: int) -> int:
@@ -25,3 +26,8 @@ def num_chunks(layout: GpuLayout, n: int, k: int) -> int:
     enough = [s for s in allowed if tiles * s >= WANTED_PROGRAMS]
     powers = [s for s in enough if s & (s - 1) == 0]
     return min(powers or enough, default=max(allowed))
+
+
+def num_expert_chunks(layout: GpuLayout, n: int, k: int) -> int:
+    """How many chunks the columns of an expert's (n, k) matrix are summed in: see `num_chunks`."""
+    return num_chunks(layout, SLOTS * -(-n // TILE) * TILE, k)

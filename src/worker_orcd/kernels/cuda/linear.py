@@ -59,6 +59,20 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
 
 
 @triton.jit
+def sum_of_parts(part, apart, mask, CHUNKS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """The parts of all chunks in ascending order, which lie `apart` values apart. [ROWS, TOKENS]"""
+    total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    # Not from L1, which may hold an older step's. All at once only where registers have room.
+    if TOKENS <= 16:
+        for chunk in tl.static_range(CHUNKS):
+            total += tl.load(part + chunk * apart, mask=mask, other=0.0, cache_modifier=".cg")
+    else:
+        for chunk in tl.range(0, CHUNKS, loop_unroll_factor=1):
+            total += tl.load(part + chunk * apart, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
 def finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """What is done to a finished sum on its way out. `n` outputs; with GLU half as many columns.
@@ -125,14 +139,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
         counter = counters + pt * tl.num_programs(0) + pn
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if finished == CHUNKS - 1:
-            total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            # Not from L1, which may hold an older step's. All at once only where registers have room.
-            if TOKENS <= 16:
-                for chunk in tl.static_range(CHUNKS):
-                    total += tl.load(part + chunk * tokens * n, mask=mask, other=0.0, cache_modifier=".cg")
-            else:
-                for chunk in tl.range(0, CHUNKS, loop_unroll_factor=1):
-                    total += tl.load(part + chunk * tokens * n, mask=mask, other=0.0, cache_modifier=".cg")
+            total = sum_of_parts(part, tokens * n, mask, CHUNKS, ROWS, TOKENS)
             finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS,
                    TOKENS)  # fmt: skip
             tl.store(counter, 0)

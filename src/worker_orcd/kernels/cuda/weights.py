@@ -1,18 +1,28 @@
-"""A weight matrix on a GPU: packed, in one buffer."""
+"""
+Weights on a GPU: packed, a buffer a matrix.
+
+Rows go from the file's mapping through a pinned buffer to the device and are packed there, a tensor at a
+time: beside the weights, that tensor as the file has it is the most that is alive.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker_orcd.errors import UnsupportedFormat
+from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Matrix
+from worker_orcd.kernels.cuda.repack import repack
 from worker_orcd.kernels.cuda.variants import Shape, shape_of
-from worker_orcd.quant.gpu_layout import TILE
+from worker_orcd.quant.gpu_layout import TILE, GpuLayout
 
+MAX_UNPACKED = 256  # outputs of a float32 matrix, a router's, that is multiplied by without tensor cores
+STAGING_BYTES = 32 << 20  # of each of two buffers
 MAX_EXPONENT = 128  # of MXFP4's bytes: scales up to 2. Beyond, bfloat16 cannot hold what the kernels need
 
 _WORDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -39,8 +49,35 @@ class PackedMatrix:
         return torch.bfloat16 if self.shape.operand == "bf16" else torch.float16
 
 
-def pack(matrix: Matrix, step: int = 0) -> tuple[Shape, NDArray[np.uint8]]:
-    """The matrix as kernels want it, in host memory; `step` is for experiments. Raises UnsupportedFormat."""
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """A matrix whose outputs begin at `column` of its weight's."""
+
+    weight: PackedMatrix | torch.Tensor  # a small float32 matrix (n, k) is not packed
+    bias: torch.Tensor | None  # (n,) float32
+    column: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class CudaWeight:
+    """What `linear` multiplies by: matrices side by side, one for each run of parts in the same format."""
+
+    parts: tuple[WeightPart, ...]
+    n: int
+    k: int
+
+    @property
+    def table(self) -> PackedMatrix:
+        """Of an embedding, which is one packed matrix."""
+        (part,) = self.parts
+        if not isinstance(part.weight, PackedMatrix):
+            raise Internal("an embedding is packed")
+        return part.weight
+
+
+def check(matrix: Matrix) -> GpuLayout:
+    """How the matrix will lie. Raises UnsupportedFormat where the backend cannot compute with it."""
     layout = matrix.format.gpu
     if layout is None:
         raise UnsupportedFormat(
@@ -53,6 +90,12 @@ def pack(matrix: Matrix, step: int = 0) -> tuple[Shape, NDArray[np.uint8]]:
                 f"{matrix.name} has a block with scale exponent {largest}; the CUDA backend computes with at"
                 f" most {MAX_EXPONENT}"
             )
+    return layout
+
+
+def pack(matrix: Matrix, step: int = 0) -> tuple[Shape, NDArray[np.uint8]]:
+    """The matrix as kernels want it, in host memory; `step` is for experiments. Raises UnsupportedFormat."""
+    layout = check(matrix)
     shape = shape_of(matrix.format.name, matrix.n, matrix.k, step)
     return shape, layout.pack(matrix.data, matrix.k, shape.step)
 
@@ -72,3 +115,95 @@ def upload(shape: Shape, n: int, packed: torch.Tensor) -> PackedMatrix:
         headers=packed[headers : sections.size].view(torch.uint32) if sections.headers else words,
         shifts=shifts.to(torch.uint16),
     )
+
+
+class Uploader:
+    """Brings matrices to a device. `close` gives its staging memory back."""
+
+    def __init__(self, device: torch.device, staging_bytes: int = STAGING_BYTES) -> None:
+        self.device = device
+        pinned = device.type == "cuda"
+        self._staging = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def close(self) -> None:
+        self._staging = []
+
+    def weight(
+        self,
+        parts: Sequence[Matrix],
+        bias: Sequence[NDArray[np.float32] | None] = (),
+        *,
+        packed: bool = False,
+    ) -> CudaWeight:
+        """As `Backend.matrix`; `packed` even where small and float32. Raises UnsupportedFormat."""
+        biases = list(bias) or [None] * len(parts)
+        made: list[WeightPart] = []
+        column = 0
+        for _, run in itertools.groupby(range(len(parts)), key=lambda index: parts[index].format):
+            indices = list(run)
+            matrices = [parts[index] for index in indices]
+            n = sum(matrix.n for matrix in matrices)
+            if matrices[0].format.name == "F32" and n <= MAX_UNPACKED and not packed:
+                weight = self.rows([matrix.data for matrix in matrices]).view(torch.float32)
+            else:
+                weight = self.matrix(matrices)
+            values = _joined(matrices, [biases[index] for index in indices])
+            joined = None if values is None else torch.as_tensor(values, device=self.device)
+            made.append(WeightPart(weight, joined, column, n))
+            column += n
+        return CudaWeight(tuple(made), column, parts[0].k)
+
+    def matrix(self, parts: Sequence[Matrix]) -> PackedMatrix:
+        """Parts of one format and k as one matrix, outputs in order. Raises UnsupportedFormat."""
+        layouts = [check(part) for part in parts]
+        first, n = parts[0], sum(part.n for part in parts)
+        shape = shape_of(first.format.name, n, first.k)
+        layout = layouts[0]
+        packed = torch.empty(
+            layout.sections(n, first.k, shape.step).size, dtype=torch.uint8, device=self.device
+        )
+        rows = self.rows([part.data for part in parts])
+        repack(rows, layout, first.k, shape.step, packed)
+        return upload(shape, n, packed)
+
+    def rows(self, arrays: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+        """Arrays of equally long rows, one below the other, on the device."""
+        lengths = [array.nbytes for array in arrays]
+        width = arrays[0].shape[1]
+        rows = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
+        start = 0
+        for array, length in zip(arrays, lengths, strict=True):
+            self._copy(array, rows[start : start + length])
+            start += length
+        return rows.view(-1, width)
+
+    def _copy(self, array: NDArray[np.uint8], target: torch.Tensor) -> None:
+        flat = array.reshape(-1)
+        size = len(self._staging[0])
+        for start in range(0, len(flat), size):
+            piece = flat[start : start + size]
+            self._turn ^= 1
+            staging, copied = self._staging[self._turn], self._copied[self._turn]
+            if copied is not None:
+                copied.synchronize()
+            np.copyto(staging[: len(piece)].numpy(), piece)
+            target[start : start + len(piece)].copy_(staging[: len(piece)], non_blocking=True)
+            if self.device.type == "cuda":
+                copied = torch.cuda.Event()
+                copied.record()
+                self._copied[self._turn] = copied
+
+
+def _joined(
+    parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None]
+) -> NDArray[np.float32] | None:
+    """The biases of all parts as one vector, zero where a part has none; None where none has."""
+    if all(values is None for values in bias):
+        return None
+    columns = [
+        np.zeros(part.n, np.float32) if values is None else values
+        for part, values in zip(parts, bias, strict=True)
+    ]
+    return np.concatenate(columns).astype(np.float32)

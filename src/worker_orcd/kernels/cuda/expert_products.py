@@ -1,0 +1,226 @@
+"""
+Running products with the matrices of experts: which way a step goes, tiles, launches, and scratch memory.
+
+Up to `MAX_PAIR_TOKENS` tokens a program has one token; beyond, `sort` puts the tokens of an expert together
+first. Either way, and whatever the tile, the bits are the same. Importing this needs neither Triton nor a
+GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worker_orcd.kernels.backend import Glu
+from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.cuda.expert_weights import PackedExperts
+from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant, choose_tile
+
+MAX_PAIR_TOKENS = 8  # from more on, an expert's weights would be read too often
+NARROWEST = 16  # tokens of an expert that a program takes together
+_BLOCKS = ((512, 4), (2048, 8), (8192, 16))  # pairs that a program of `sort` looks at together, and its warps
+_OUT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What `ExpertProducts.sort` has written: see `experts.sort`."""
+
+    entries: torch.Tensor  # (pairs,) int32
+    tiles: torch.Tensor  # (num_tiles, 4) int32
+    num_tiles: int
+    width: int  # entries of a tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertVariant:
+    """All that a compiled product depends on, beside the GPU."""
+
+    shape: Shape
+    tile: Tile
+    slots: int
+    shared: bool  # x is the same for all slots
+    width: int = 0  # of the tiles of an order; 0: a program a pair
+    paired: bool = False
+    glu: Glu | None = None
+    bias: bool = False
+    out: str = "fp32"
+    portable: bool = False
+
+    def kernel(self) -> Kernel:
+        dense = Variant(
+            shape=self.shape, tile=self.tile, epilogue=Epilogue(bias=self.bias), portable=self.portable
+        )
+        types = dict(dense.kernel().arguments)
+        arguments = {name: types[name] for name in ("w", "h", "s", "shifts", "x")} | {
+            "y": f"*{self.out}", "bias": "*fp32", "experts": "*i32", "order": "*i32", "tiles": "*i32",
+            "partials": "*fp32", "counters": "*i32", "n": "i32", "pairs": "i32", "x_stride": "i32",
+            "y_stride": "i32",
+        }  # fmt: skip
+        constants: dict[str, Any] = dense.constants() | {
+            "SLOTS": self.slots,
+            "SHARED": self.shared,
+            "WIDTH": self.width,
+            "PAIRED": self.paired,
+            "GLU": "" if self.glu is None else self.glu.value,
+        }
+        del constants["RESIDUAL"]
+        aligned = ("n", "y_stride") if self.shape.aligned else ()
+        return Kernel(
+            module="experts",
+            function="product",
+            arguments=tuple(arguments.items()),
+            constants=tuple(constants.items()),
+            aligned=aligned + (("x_stride",) if self.shape.k % 16 == 0 else ()),
+            warps=self.tile.warps,
+            stages=self.tile.stages,
+            fused=False,  # a gated unit has the bits that `elementwise` gives it
+        )
+
+
+def choose_width(pairs: int, num_experts: int) -> int:
+    """Entries of a tile: most experts' pairs should fill one, or a few of the widest."""
+    return next((width for width in (16, 32, 64) if 1.5 * pairs <= width * num_experts), 128)
+
+
+def choose_expert_tile(shape: Shape, n: int, pairs: int, width: int, capability: int = 90) -> Tile:
+    """The tile of a product of `pairs` that are sorted into tiles of `width`, or 0 for a program a pair."""
+    if width == 0:
+        return choose_tile(shape, n, 1, capability)
+    tile = choose_tile(shape, n, width if width < 128 else max(pairs, 128), capability)
+    return dataclasses.replace(tile, split=False)
+
+
+def sort_kernel(pairs: int, width: int) -> Kernel:
+    block, warps = next((one for one in _BLOCKS if pairs <= one[0]), _BLOCKS[-1])
+    return Kernel(
+        module="experts",
+        function="sort",
+        arguments=(("experts", "*i32"), ("order", "*i32"), ("tiles", "*i32"), ("pairs", "i32")),
+        constants=(("WIDTH", width), ("BLOCK", block), ("COUNT", -(-pairs // block))),
+        warps=warps,
+    )
+
+
+class ExpertProducts:
+    """Products with experts on the current stream of one device. They share scratch memory: one at a time."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels, device = kernels, kernels.device
+        self._device = device
+        self._partials = torch.empty(0, dtype=torch.float32, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self._entries = torch.zeros(0, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(0, dtype=torch.int32, device=device)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(one.nbytes for one in (self._partials, self._counters, self._entries, self._tiles))
+
+    def reserve(self, weight: PackedExperts, tokens: int, slots: int) -> None:
+        """Room for products of up to `tokens` with `weight`. Before any graph is captured."""
+        split = min(tokens, MAX_PAIR_TOKENS) * slots
+        if weight.shape.chunks > 1:
+            self._partials = self._grown(self._partials, weight.shape.chunks * split * weight.n)
+            self._counters = self._grown(self._counters, split * -(-weight.n // 64))
+        self._entries = self._grown(self._entries, tokens * slots)
+        tiles = tokens * slots // NARROWEST + weight.num_experts
+        self._tiles = self._grown(self._tiles, 4 * tiles)
+
+    def _grown(self, scratch: torch.Tensor, length: int) -> torch.Tensor:
+        if length <= len(scratch):
+            return scratch
+        return torch.zeros(length, dtype=scratch.dtype, device=self._device)
+
+    def sort(self, experts: torch.Tensor, num_experts: int, width: int | None = None) -> Order | None:
+        """Put the pairs of each expert together, for the products that follow; None for a few tokens.
+
+        `experts` (tokens, slots) int32, contiguous. The result is valid until the next sort. `width` is for
+        experiments.
+        """
+        tokens, slots = experts.shape
+        pairs = tokens * slots
+        if width is None and tokens <= MAX_PAIR_TOKENS:
+            return None
+        width = width or choose_width(pairs, num_experts)
+        num_tiles = pairs // width + num_experts
+        if pairs > len(self._entries) or 4 * num_tiles > len(self._tiles):
+            raise ValueError(
+                f"sorting {tokens} tokens of {slots} slots needs more scratch memory: see reserve"
+            )
+        order = Order(self._entries, self._tiles, num_tiles, width)
+        self._kernels.launch(
+            sort_kernel(pairs, width), (num_experts, 1, 1), experts, order.entries, order.tiles, pairs
+        )
+        return order
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedExperts,
+        experts: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        order: Order | None = None,
+        glu: Glu | None = None,
+        tile: Tile | None = None,
+    ) -> torch.Tensor:
+        """Each slot times its expert's matrix, plus the expert's bias.
+
+        `x` is (tokens, k), the same for all slots, or (tokens, slots * k), of `weight.operand`; `experts`
+        (tokens, slots) int32, contiguous; `order` what `sort` made of it. `out` is (tokens, slots * n). Of a
+        paired weight it is, with `glu`, (tokens, slots * n / 2), else (tokens, slots * n) of which the first
+        half of the columns are the gates. Rows of x and out may be further apart than they are long; where k
+        or n is a multiple of 16, so must be the distance.
+        """
+        pairs, slots, k = experts.numel(), experts.shape[1], weight.shape.k
+        width = 0 if order is None else order.width
+        tile = tile or choose_expert_tile(weight.shape, weight.n, pairs, width, self._kernels.capability)
+        self._check(x, weight, experts, out, glu, tile)
+        variant = ExpertVariant(
+            shape=weight.shape,
+            tile=tile,
+            slots=slots,
+            shared=x.shape[1] == k,
+            width=width,
+            paired=weight.paired,
+            glu=glu,
+            bias=weight.bias is not None,
+            out=_OUT[out.dtype],
+        )
+        programs = pairs if order is None else order.num_tiles * (width // tile.tokens)
+        grid = -(-weight.n // tile.rows), programs, weight.shape.chunks if tile.split else 1
+        matrix = weight.matrix
+        self._kernels.launch(
+            variant.kernel(), grid,
+            matrix.words, matrix.high, matrix.headers, matrix.shifts, x, out,
+            out if weight.bias is None else weight.bias, experts,
+            experts if order is None else order.entries, experts if order is None else order.tiles,
+            self._partials if tile.split else out, self._counters,
+            weight.n, pairs, x.stride(0), out.stride(0),
+        )  # fmt: skip
+        return out
+
+    def _check(
+        self,
+        x: torch.Tensor,
+        weight: PackedExperts,
+        experts: torch.Tensor,
+        out: torch.Tensor,
+        glu: Glu | None,
+        tile: Tile,
+    ) -> None:
+        """Raises ValueError for what the kernel would misread, or write where it may not."""
+        (tokens, slots), k = experts.shape, weight.shape.k
+        width = slots * (weight.n if glu is None else weight.n // 2)
+        if x.shape not in ((tokens, k), (tokens, slots * k)) or out.shape != (tokens, width):
+            raise ValueError(f"{tokens} tokens of {slots} slots: x {tuple(x.shape)}, out {tuple(out.shape)}")
+        if glu is not None and not weight.paired:
+            raise ValueError("a gated unit needs gates and what goes with them in one weight")
+        if (k % 16 == 0 and x.stride(0) % 16) or (weight.n % 16 == 0 and out.stride(0) % 16):
+            raise ValueError(f"rows begin at no multiple of 16: {x.stride(0)} and {out.stride(0)} apart")
+        if tile.split and weight.shape.chunks * tokens * slots * weight.n > len(self._partials):
+            raise ValueError(f"a split product of {tokens} tokens needs more scratch memory: see reserve")

@@ -1,0 +1,332 @@
+"""Products with experts: right under the interpreter, well compiled, and launched with what they need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_codegen import Codegen, disorder, inspect_all
+from gpu_weights import random_rows
+from kernels.cuda.test_variants import Launch
+from worker_orcd import quant
+from worker_orcd.errors import Internal, UnsupportedFormat
+from worker_orcd.kernels.backend import Glu, Matrix
+from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.cuda.contract import num_expert_chunks
+from worker_orcd.kernels.cuda.expert_products import (
+    MAX_PAIR_TOKENS,
+    ExpertProducts,
+    ExpertVariant,
+    choose_expert_tile,
+    choose_width,
+    sort_kernel,
+)
+from worker_orcd.kernels.cuda.expert_weights import PackedExperts, expert_shape, pack_experts
+from worker_orcd.kernels.cuda.variants import CAPABILITIES, FORMATS, Variant, choose_tile, shape_of
+from worker_orcd.kernels.cuda.weights import Uploader
+
+HERE = Path(__file__).parent
+PATHS = [HERE.parents[2] / "src", HERE.parents[2] / "benchmarks"]
+INTERPRETED = ("MXFP4", "Q4_K")
+CPU = torch.device("cpu")
+
+
+# -- under the interpreter ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[dict[str, float]]]:
+    """What `interpreted_experts.py` prints."""
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    done = subprocess.run(
+        [sys.executable, HERE / "interpreted_experts.py", *INTERPRETED],
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*map(str, PATHS), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*INTERPRETED, "more"])
+def test_products_equal_float64(found: dict[str, list[dict[str, float]]], name: str) -> None:
+    assert found[name]
+    for case in found[name]:
+        assert case["pairs"] < 1e-3
+        assert case["sorted"] < 1e-3
+        assert case["counters"] == 0
+
+
+@pytest.mark.slow
+def test_pairs_are_sorted_and_dealt_to_tiles(found: dict[str, list[dict[str, float]]]) -> None:
+    assert found["sort"] == [0, 0, 0, 0]
+
+
+# -- what the compiler makes of them -----------------------------------------------------------------------
+
+
+def variant(name: str, n: int, k: int, pairs: int, width: int, capability: int, glu: bool) -> ExpertVariant:
+    shape = expert_shape(name, n, k)
+    return ExpertVariant(
+        shape=shape,
+        tile=choose_expert_tile(shape, n, pairs, width, capability),
+        slots=4,
+        shared=glu,
+        width=width,
+        paired=glu,
+        glu=Glu.CLAMPED_SWIGLU if glu else None,
+        bias=True,
+        out="bf16" if glu else "fp32",
+    )
+
+
+def chosen() -> list[tuple[ExpertVariant | Variant, int]]:
+    gpt_oss = [
+        (variant("MXFP4", n, 2880, pairs, width, 90, n == 5760), 90)
+        for n in (5760, 2880)
+        for pairs, width in ((4, 0), (8192, 128))
+    ]
+    older = [
+        (variant("MXFP4", 2880, 2880, 8192, 128, capability, False), capability) for capability in (80, 89)
+    ]
+    qwen = [
+        (variant("Q4_K", 2048, 768, pairs, width, 90, False), 90) for pairs, width in ((8, 0), (1024, 16))
+    ]
+    shape = shape_of("MXFP4", 2880, 2880)
+    return [*gpt_oss, *older, *qwen, (Variant(shape=shape, tile=choose_tile(shape, 2880, 1)), 90)]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Codegen]:
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    return inspect_all(chosen(), 2)
+
+
+@pytest.mark.slow
+def test_no_kernel_has_a_fault(compiled: list[Codegen]) -> None:
+    assert len(compiled) > 8
+    assert [str(one) for one in compiled if one.faults()] == []
+
+
+@pytest.mark.slow
+def test_both_ways_and_dense_products_sum_in_one_order(compiled: list[Codegen]) -> None:
+    assert disorder(compiled) == []
+
+
+# -- the contract ------------------------------------------------------------------------------------------
+
+# Changing one of these changes answers: see contract.py.
+FROZEN = [
+    ("MXFP4", 5760, 2880, 1),
+    ("MXFP4", 2880, 2880, 3),
+    ("Q4_K", 1536, 2048, 4),
+    ("Q6_K", 2048, 768, 2),
+    ("Q8_0", 1536, 2048, 4),
+    ("Q4_K", 28672, 4096, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "n", "k", "chunks"), FROZEN)
+def test_the_table_is_frozen(name: str, n: int, k: int, chunks: int) -> None:
+    layout = quant.BY_NAME[name].gpu
+    assert layout is not None
+    assert num_expert_chunks(layout, n, k) == expert_shape(name, n, k).chunks == chunks
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+def stack(name: str, num_experts: int, n: int, k: int, seed: int = 0) -> Matrix:
+    fmt = quant.BY_NAME[name]
+    return Matrix(f"{name}-{seed}", fmt, n, k, random_rows(fmt, num_experts * n, k, seed))
+
+
+def unpacked(weight: PackedExperts) -> np.ndarray:
+    """(num_experts, rows of whole tiles, row_bytes)."""
+    shape, matrix = weight.shape, weight.matrix
+    layout = shape.layout
+    parts = [matrix.words, *([matrix.high] if layout.high_bits else [])]
+    parts += [matrix.headers] if layout.header.size else []
+    packed = np.concatenate([part.numpy().view(np.uint8).reshape(-1) for part in parts])
+    rows = layout.unpack(packed, matrix.n, shape.k, shape.step)
+    return rows.reshape(weight.num_experts, -1, rows.shape[1])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "BF16"])
+@pytest.mark.parametrize("n", [40, 64])
+def test_every_expert_fills_whole_tiles(name: str, n: int) -> None:
+    part = stack(name, 3, n, 256)
+    (weight,) = pack_experts([part], 3, [], Uploader(CPU))
+    rows = unpacked(weight)
+    assert rows.shape[1] == 64
+    assert np.array_equal(rows[:, :n], part.data.reshape(3, n, -1))
+    assert not rows[:, n:].any()
+    assert (weight.n, weight.paired, weight.bias) == (n, False, None)
+
+
+def test_gates_and_what_goes_with_them_alternate() -> None:
+    gate, up = stack("MXFP4", 2, 72, 64), stack("MXFP4", 2, 72, 64, 1)
+    biases = [np.arange(144, dtype=np.float32).reshape(2, 72), None]
+    (weight,) = pack_experts([gate, up], 2, biases, Uploader(CPU))
+    assert (weight.n, weight.paired) == (144, True)
+    rows = unpacked(weight)
+    assert rows.shape[1] == 192
+    groups = rows[:, :144].reshape(2, 9, 2, 8, -1)
+    assert np.array_equal(groups[:, :, 0].reshape(144, -1), gate.data)
+    assert np.array_equal(groups[:, :, 1].reshape(144, -1), up.data)
+    assert weight.bias is not None
+    bias = weight.bias.view(2, 9, 2, 8)
+    assert bias[1, 0, 0].tolist() == list(range(72, 80))
+    assert not bias[:, :, 1].any()
+
+
+def test_parts_that_cannot_alternate_stay_apart() -> None:
+    for parts in (
+        [stack("Q4_K", 2, 16, 256), stack("Q6_K", 2, 16, 256)],
+        [stack("Q8_0", 2, 12, 64), stack("Q8_0", 2, 12, 64, 1)],
+        [stack("Q8_0", 2, 8, 64, seed) for seed in range(3)],
+    ):
+        weights = pack_experts(parts, 2, [], Uploader(CPU))
+        assert [weight.paired for weight in weights] == [False] * len(parts)
+        assert [weight.shape.format for weight in weights] == [part.format.name for part in parts]
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    part = stack("Q8_0", 2, 8, 64)
+    for parts, num_experts, bias in (
+        ([], 2, []),
+        ([part], 3, []),
+        ([part, stack("Q8_0", 2, 8, 96)], 2, []),
+        ([part], 2, [None, None]),
+        ([part], 2, [np.zeros((2, 9), np.float32)]),
+    ):
+        with pytest.raises(Internal):
+            pack_experts(parts, num_experts, bias, Uploader(CPU))
+    rows = random_rows(quant.BY_NAME["MXFP4"], 4, 32)
+    rows[3, 0] = 200
+    with pytest.raises(UnsupportedFormat, match=r"gate.*exponent 200"):
+        pack_experts([Matrix("gate", quant.BY_NAME["MXFP4"], 2, 32, rows)], 2, [], Uploader(CPU))
+
+
+# -- launches: the arguments, without a GPU ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_number_of_tokens_has_a_tile(capability: int) -> None:
+    for name, n, k, num_experts, slots in (("MXFP4", 5760, 2880, 32, 4), ("Q4_K", 2048, 768, 128, 8)):
+        shape = expert_shape(name, n, k)
+        for tokens in (*range(1, 70), 256, 1000, 4096):
+            width = choose_width(tokens * slots, num_experts)
+            tile = choose_expert_tile(shape, n, tokens * slots, width, capability)
+            assert not tile.split
+            assert 16 <= tile.tokens <= width and width % tile.tokens == 0
+        tile = choose_expert_tile(shape, n, slots, 0, capability)
+        assert tile.tokens == 16 and tile.split == (shape.chunks > 1)
+
+
+def test_widths_follow_the_tokens_of_an_expert() -> None:
+    assert [choose_width(tokens * 4, 32) for tokens in (16, 64, 128, 256, 512, 4096)] == [
+        16,
+        16,
+        32,
+        64,
+        128,
+        128,
+    ]
+
+
+@pytest.mark.parametrize("pairs", [1, 512, 513, 4000, 8192, 32768])
+def test_sorting_looks_at_every_pair(pairs: int) -> None:
+    constants = dict(sort_kernel(pairs, 64).constants)
+    assert (constants["COUNT"] - 1) * constants["BLOCK"] < pairs <= constants["COUNT"] * constants["BLOCK"]
+
+
+class Launches:
+    """Compiles nothing, and knows what was launched."""
+
+    def __init__(self) -> None:
+        self.made: list[Launch] = []
+        self.products = ExpertProducts(Kernels(CPU, 90, self.compile))
+
+    def compile(self, kernel: Kernel, capability: int) -> Launch:
+        self.made.append(Launch(kernel, capability))
+        return self.made[-1]
+
+    def last(self) -> tuple[tuple[int, int, int], dict[str, object]]:
+        launch = self.made[-1]
+        grid, values = launch.calls[-1]
+        names = [name for name, _ in launch.kernel.arguments + launch.kernel.constants]
+        return grid, dict(zip(names, values, strict=True)) | dict(launch.kernel.constants)
+
+
+def test_a_few_tokens_are_a_program_a_pair() -> None:
+    launches = Launches()
+    (weight,) = pack_experts(
+        [stack("Q4_0", 4, 200, 2048)], 4, [np.zeros((4, 200), np.float32)], Uploader(CPU)
+    )
+    launches.products.reserve(weight, 3, 2)
+    experts = torch.zeros(3, 2, dtype=torch.int32)
+    assert launches.products.sort(experts, 4) is None
+    x, out = torch.zeros(3, 4096, dtype=torch.float16), torch.zeros(3, 400)
+    launches.products.linear(x, weight, experts, out)
+    grid, names = launches.last()
+    assert weight.shape.chunks == 8
+    assert grid == (4, 6, 8)
+    assert (names["x_stride"], names["y_stride"], names["n"], names["pairs"]) == (4096, 400, 200, 6)
+    assert (names["SLOTS"], names["SHARED"], names["WIDTH"], names["SPLIT"]) == (2, False, 0, True)
+    assert names["BIAS"] and names["GLU"] == "" and names["experts"] == experts.data_ptr()
+
+
+def test_many_tokens_are_sorted_first() -> None:
+    launches = Launches()
+    (weight,) = pack_experts(
+        [stack("MXFP4", 4, 64, 256), stack("MXFP4", 4, 64, 256, 1)], 4, [], Uploader(CPU)
+    )
+    tokens = MAX_PAIR_TOKENS + 20
+    launches.products.reserve(weight, tokens, 2)
+    experts = torch.zeros(tokens, 2, dtype=torch.int32)
+    order = launches.products.sort(experts, 4)
+    assert order is not None and (order.width, order.num_tiles) == (32, 2 * tokens // 32 + 4)
+    grid, names = launches.last()
+    assert grid == (4, 1, 1)
+    assert (names["order"], names["tiles"]) == (order.entries.data_ptr(), order.tiles.data_ptr())
+    x, out = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, 128, dtype=torch.bfloat16)
+    launches.products.linear(x, weight, experts, out, order=order, glu=Glu.SWIGLU)
+    grid, names = launches.last()
+    tile = choose_expert_tile(weight.shape, 128, 2 * tokens, 32)
+    assert grid == (-(-128 // tile.rows), order.num_tiles * (32 // tile.tokens), 1)
+    assert (names["WIDTH"], names["SHARED"], names["GLU"], names["PAIRED"]) == (32, True, "swiglu", True)
+    assert not names["SPLIT"]
+
+
+def test_what_a_kernel_would_misread_is_refused() -> None:
+    launches = Launches()
+    (weight,) = pack_experts([stack("Q4_0", 4, 64, 4096)], 4, [], Uploader(CPU))
+    experts = torch.zeros(2, 2, dtype=torch.int32)
+    x, out = torch.zeros(2, 4096, dtype=torch.float16), torch.zeros(2, 128)
+    linear = launches.products.linear
+    with pytest.raises(ValueError, match="scratch"):
+        linear(x, weight, experts, out)
+    with pytest.raises(ValueError, match="scratch"):
+        launches.products.sort(experts, 4, 16)
+    launches.products.reserve(weight, 2, 2)
+    linear(x, weight, experts, out)
+    assert launches.products.scratch_bytes > 0
+    with pytest.raises(ValueError, match="2 tokens of 2 slots"):
+        linear(x[:, :64], weight, experts, out)
+    with pytest.raises(ValueError, match="2 tokens of 2 slots"):
+        linear(x, weight, experts, out[:, :64])
+    with pytest.raises(ValueError, match="gates"):
+        linear(x, weight, experts, out[:, :64], glu=Glu.SWIGLU)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        linear(x, weight, experts, torch.zeros(2, 130)[:, :128])
