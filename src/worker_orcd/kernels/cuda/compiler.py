@@ -9,7 +9,10 @@ loads. Importing this needs neither Triton nor a GPU; compiling needs Triton alo
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +44,7 @@ class Kernel:
         )
 
 
+FEW = 4  # kernels that are not worth a process
 Compile = Callable[[Kernel, int], Any]
 
 
@@ -71,6 +75,15 @@ class Kernels:
         self.device, self.capability = device, capability
         self._compile = compile
         self._compiled: dict[Kernel, Any] = {}
+        self._collected: dict[Kernel, None] | None = None  # while `collect` runs
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of the device; of an H100 where there is none."""
+        if self.device.type != "cuda":
+            return 132
+        cuda: Any = torch.cuda
+        return int(cuda.get_device_properties(self.device).multi_processor_count)
 
     def compiled(self, kernel: Kernel) -> Any:
         """Loaded onto the device at its first launch."""
@@ -78,6 +91,40 @@ class Kernels:
         if found is None:
             found = self._compiled[kernel] = self._compile(kernel, self.capability)
         return found
+
+    def collect(self, work: Callable[[], None]) -> list[Kernel]:
+        """What `work` would launch, each once, in order. Nothing is launched, or compiled."""
+        found: dict[Kernel, None] = {}
+        self._collected = found
+        try:
+            work()
+        finally:
+            self._collected = None
+        return list(found)
+
+    def compile_all(self, kernels: Sequence[Kernel], on_progress: Callable[[int, int], None]) -> None:
+        """Compile what is not compiled yet, by a process a core. `on_progress(done, all)`."""
+        missing = [kernel for kernel in kernels if kernel not in self._compiled]
+        processes = min(len(missing) // FEW, os.cpu_count() or 1)
+        if processes > 1:
+            self._fill_cache(missing, processes, on_progress)
+        for done, kernel in enumerate(missing):
+            self.compiled(kernel)
+            if processes <= 1:
+                on_progress(done + 1, len(missing))
+
+    def _fill_cache(
+        self, kernels: Sequence[Kernel], processes: int, on_progress: Callable[[int, int], None]
+    ) -> None:
+        """Triton's, on disk: processes compile into it, this one reads it. Not forked: CUDA forbids that."""
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            jobs = [
+                pool.submit(_compile_for_cache, self._compile, kernel, self.capability) for kernel in kernels
+            ]
+            for done, job in enumerate(as_completed(jobs)):
+                job.result()
+                on_progress(done + 1, len(kernels))
 
     def launch(self, kernel: Kernel, grid: Grid, *arguments: torch.Tensor | int | float) -> None:
         """`arguments` as the kernel names them; tensors on this device.
@@ -87,4 +134,11 @@ class Kernels:
         values = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
         if len(values) != len(kernel.arguments):
             raise ValueError(f"{kernel.function} takes {len(kernel.arguments)} arguments, not {len(values)}")
+        if self._collected is not None:
+            self._collected[kernel] = None
+            return
         self.compiled(kernel)[grid](*values, *[None] * len(kernel.constants))
+
+
+def _compile_for_cache(compile: Compile, kernel: Kernel, capability: int) -> None:
+    compile(kernel, capability)  # the result cannot leave the process; its file can

@@ -1,0 +1,214 @@
+"""
+Running attention on a GPU: how a layer's heads are cut up, launches, and the memory that split rows share.
+
+Once a step, for each kind of layer, `plans` turns the step's rows into units of work on the device; each
+layer then runs them. What is launched depends on the bucket alone. Importing this needs neither Triton nor a
+GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
+from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+
+FEW_TOKENS = 256  # up to here a program has 64 rows (a query's heads are rows), beyond 128
+CAPACITY = 1024  # queries times splits whose parts may wait in memory
+WALKED = 2  # tiles of keys that are not worth being split
+SHARE = 1  # a row is split if it is longer than what a program has to do
+_CHUNK = 128  # units that `plan` writes at a time
+_RECORD = 16  # integers of a unit
+_MERGED = 16  # rows whose parts are merged at a time
+_AT_ONCE = 4  # splits whose parts are loaded at a time
+_WIDEST = 128  # columns of the values that a program has
+_PROGRAMS = 2  # a multiprocessor
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the heads of a kind of layer are shared out among programs. It changes no bits."""
+
+    params: AttentionParams
+    rows: int
+
+    @property
+    def group(self) -> int:
+        """Heads that share keys, all of them rows of one tile."""
+        return self.params.num_heads // self.params.num_kv_heads
+
+    @property
+    def head_tiles(self) -> int:
+        return -(-self.group // self.rows)
+
+    @property
+    def queries(self) -> int:
+        """Of a tile."""
+        return max(1, self.rows // -(-self.group // self.head_tiles))
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Columns of a head, as powers of two."""
+        return halves(self.params.head_dim)
+
+    @property
+    def value_parts(self) -> int:
+        return -(-self.params.head_dim // _WIDEST)
+
+    @property
+    def values(self) -> tuple[int, int]:
+        return halves(self.params.head_dim // self.value_parts)
+
+    @property
+    def lanes(self) -> int:
+        return self.params.num_kv_heads * self.head_tiles * self.value_parts
+
+
+def halves(columns: int) -> tuple[int, int]:
+    """`columns` as the sum of a power of two and a lower one, or 0. Raises ValueError where it is none."""
+    first = 1 << (columns.bit_length() - 1)
+    rest = columns - first
+    if columns < 16 or (rest and (rest < 16 or rest & (rest - 1))):
+        raise ValueError(f"heads of {columns} columns; the kernels take one or two powers of two from 16 on")
+    return first, rest
+
+
+PlanKey = tuple[int | None, int, int]  # window, lanes, queries
+
+
+class Attention:
+    """Of one device, on its current stream: one layer at a time."""
+
+    def __init__(self, kernels: Kernels, limits: Limits) -> None:
+        self._kernels, self._limits = kernels, limits
+        device = kernels.device
+        self._programs = _PROGRAMS * kernels.multiprocessors
+        self._kinds: set[AttentionParams] = set()
+        self._work: dict[PlanKey, torch.Tensor] = {}
+        self._parts = torch.empty(0, dtype=torch.float32, device=device)
+        self._sums = torch.empty(0, dtype=torch.float32, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+
+    @property
+    def scratch_bytes(self) -> int:
+        own = self._parts, self._sums, self._counters, *self._work.values()
+        return sum(tensor.nbytes for tensor in own)
+
+    def reserve(self, params: AttentionParams) -> None:
+        """Make room for layers of this kind. Before any graph is captured. Raises ValueError."""
+        self._kinds.add(params)
+        device = self._kernels.device
+        for rows in (64, 128):
+            cut = Cut(params, rows)
+            slots = CAPACITY * params.num_heads * cut.value_parts
+            if slots * sum(cut.values) > len(self._parts):
+                self._parts = torch.empty(slots * sum(cut.values), dtype=torch.float32, device=device)
+            if 2 * slots > len(self._sums):
+                self._sums = torch.empty(2 * slots, dtype=torch.float32, device=device)
+            if CAPACITY * cut.lanes > len(self._counters):
+                self._counters = torch.zeros(CAPACITY * cut.lanes, dtype=torch.int32, device=device)
+            units = -(-self._limits.max_tokens // cut.queries) + self._limits.max_rows + CAPACITY
+            key = params.window, cut.lanes, cut.queries
+            if key not in self._work:
+                self._work[key] = torch.zeros((1 + units) * _RECORD, dtype=torch.int32, device=device)
+
+    def plans(self, inputs: BatchInputs, tokens: int) -> list[Callable[[], None]]:
+        """What a step of up to `tokens` launches before its layers, once for each kind of them."""
+        keys = {
+            (params.window, cut.lanes, cut.queries): None
+            for params in sorted(self._kinds, key=repr)
+            for cut in (Cut(params, _rows(tokens)),)
+        }
+        return [partial(self._plan, inputs, tokens, key) for key in keys]
+
+    def _plan(self, inputs: BatchInputs, tokens: int, key: PlanKey) -> None:
+        window, lanes, queries = key
+        rows = min(tokens, self._limits.max_rows)
+        arguments = (
+            ("query_start", "*i32"), ("context_lens", "*i32"), ("work", "*i32"), ("rows", "i32"),
+            ("programs", "i32"),
+        )  # fmt: skip
+        constants = {
+            "LANES": lanes, "QUERIES": queries, "WINDOW": window or 0, "CAPACITY": CAPACITY, "WALKED": WALKED,
+            "SHARE": SHARE, "MAX_ROWS": max(2, 1 << (rows - 1).bit_length()), "CHUNK": _CHUNK,
+        }  # fmt: skip
+        kernel = Kernel(
+            module="attention", function="plan", arguments=arguments, constants=tuple(constants.items())
+        )
+        self._kernels.launch(
+            kernel,
+            (rows, 1, 1),
+            inputs.query_start,
+            inputs.context_lens,
+            self._work[key],
+            rows,
+            self._programs,
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        inputs: BatchInputs,
+        out: torch.Tensor,
+        params: AttentionParams,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Each query over what its row's cache holds up to it. `plans` has run, on the same step.
+
+        q (tokens, num_heads * head_dim) of the cache's type; out likewise, float32, float16 or bfloat16,
+        contiguous; sinks (num_heads,) float32. What is no query of a row is not written.
+        """
+        cut = Cut(params, _rows(len(q)))
+        keys_values, table = cache.tensor, inputs.block_tables[cache.group]
+        if not out.is_contiguous() or q.dtype != keys_values.dtype:
+            raise ValueError(f"queries of {q.dtype} and keys of {keys_values.dtype}, or rows with gaps")
+        self._kernels.launch(
+            attend_kernel(cut, keys_values.shape[3], q.dtype, out.dtype, sinks is not None),
+            (self._programs, 1, 1), q, keys_values, table,
+            self._work[params.window, cut.lanes, cut.queries], out if sinks is None else sinks, out,
+            self._parts, self._sums, self._counters, float(params.scale), keys_values.stride(0),
+            keys_values.stride(1), q.stride(0), table.stride(0),
+        )  # fmt: skip
+        return out
+
+
+def attend_kernel(
+    cut: Cut, block_size: int, dtype: torch.dtype, out: torch.dtype, sinks: bool, *, stages: int | None = None
+) -> Kernel:
+    """The kernel of one kind of layer."""
+    params = cut.params
+    kind = _TYPES[dtype]
+    arguments = {
+        "q": kind, "cache": kind, "table": "*i32", "work": "*i32", "sinks": "*fp32", "out": _TYPES[out],
+        "parts": "*fp32", "sums": "*fp32", "counters": "*i32", "scale": "fp32", "values": "i64",
+        "block_stride": "i64", "q_stride": "i32", "table_stride": "i32",
+    }  # fmt: skip
+    (d0, d1), (v0, v1) = cut.keys, cut.values
+    stages = stages or (3 if params.head_dim <= 64 else 2)
+    constants = {
+        "HEADS": params.num_heads, "KV_HEADS": params.num_kv_heads, "HEAD_TILES": cut.head_tiles, "D0": d0,
+        "D1": d1, "V0": v0, "V1": v1, "VALUE_PARTS": cut.value_parts, "ROWS": cut.rows,
+        "BLOCK_SIZE": block_size, "WINDOW": params.window or 0, "SINKS": sinks, "MERGED": _MERGED,
+        "AT_ONCE": _AT_ONCE, "STAGES": stages,
+    }  # fmt: skip
+    return Kernel(
+        module="attention",
+        function="attend",
+        arguments=tuple(arguments.items()),
+        constants=tuple(constants.items()),
+        aligned=("values", "block_stride", "q_stride"),
+        loose=("table",),
+        warps=4 if cut.rows == 64 else 8,
+        stages=stages,
+        fused=False,
+    )
+
+
+def _rows(tokens: int) -> int:
+    return 64 if tokens <= FEW_TOKENS else 128

@@ -1,0 +1,336 @@
+"""
+Attention of a step: every query over its row's keys in the paged cache, prompts and single tokens alike.
+
+Device code (Triton). Keys come in tiles of 64 and tiles in splits, both at absolute positions
+(`split_start`). A softmax starts afresh in each split; splits are merged in ascending order by one formula
+(`merge`). A tile of which a query sees nothing changes nothing for it, bit for bit. So what is computed for a
+query depends on its position alone, whoever computes it:
+
+* `plan`, once a step, cuts its rows into units: a tile of queries over all that they see, or over one split.
+* `attend` has a fixed number of programs, which take the units in turn, for each group of heads. A unit of
+  all splits merges them in registers. Of units of one split the program that finishes last merges what the
+  others left in memory. Who that is changes nothing. Counters return to zero.
+
+A tile's rows are queries times the heads that share keys. Sums over keys are matrix products too, with ones:
+their order is the instruction's, whatever the tile. No product is left to the compiler to fuse with a sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+KEYS = tl.constexpr(64)  # of a tile
+RECORD = tl.constexpr(16)  # integers a unit; the first one holds their number
+NEVER = tl.constexpr(-1e30)  # the maximum of no scores
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def split_start(split):
+    """The position of a split's first key. Splits are 128 long at first, up to 2048 further on."""
+    near = tl.maximum(split * 128, split * 256 - 1024)
+    far = tl.maximum(split * 512 - 6144, split * 1024 - 28672)
+    return tl.maximum(tl.maximum(near, far), split * 2048 - 122880)
+
+
+@triton.jit
+def split_of(position):
+    """The split of a key: `split_start` is convex, so its inverse is the least of the inverses."""
+    near = tl.minimum(position // 128, (position + 1024) // 256)
+    far = tl.minimum((position + 6144) // 512, (position + 28672) // 1024)
+    return tl.minimum(tl.minimum(near, far), (position + 122880) // 2048)
+
+
+# -- the work of a step ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def first_seen(position, WINDOW: tl.constexpr):
+    """The tile of the first key that a query sees."""
+    if WINDOW > 0:
+        return tl.maximum(position - (WINDOW - 1), 0) // KEYS
+    else:
+        return position * 0
+
+
+@triton.jit
+def plan(query_start, context_lens, work, rows, programs, LANES: tl.constexpr, QUERIES: tl.constexpr,
+         WINDOW: tl.constexpr, CAPACITY: tl.constexpr, WALKED: tl.constexpr, SHARE: tl.constexpr,
+         MAX_ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Programs: rows. Writes the units of each row to `work`, the last queries of a row first.
+
+    A row is split if it has more than `WALKED` tiles of keys, takes more than a SHARE-th of what a program
+    has to do, and there is room for its parts.
+    """
+    row = tl.program_id(0)
+    every = tl.arange(0, MAX_ROWS)
+    start = tl.load(query_start + every, mask=every < rows, other=0)
+    tokens = tl.load(query_start + every + 1, mask=every < rows, other=0) - start
+    context = tl.load(context_lens + every, mask=every < rows, other=0)
+    query_tiles = (tokens + QUERIES - 1) // QUERIES
+    end = (context + KEYS - 1) // KEYS
+    last_query = tl.maximum(context - tokens + (query_tiles - 1) * QUERIES, 0)
+    longest = tl.where(tokens > 0, end - first_seen(last_query, WINDOW), 0)
+    splits = split_of((end - 1) * KEYS) - split_of(first_seen(context - tokens, WINDOW) * KEYS) + 1
+    share = tl.sum(query_tiles.to(tl.int64) * longest) * LANES // programs
+    worth = (tokens > 0) & (splits > 1) & (longest > WALKED) & (longest.to(tl.int64) * SHARE > share)
+    need = tl.where(worth, splits * tokens, 0)
+    taken = tl.cumsum(need, 0)
+    splits = tl.where(worth & (taken <= CAPACITY), splits, 1)
+    units = query_tiles * splits
+    if row == 0:
+        tl.store(work, tl.sum(units))
+    mine = every == row
+    count = tl.sum(tl.where(mine, units, 0))
+    to = work + RECORD + tl.sum(tl.where(every < row, units, 0)) * RECORD
+    first_token, row_tokens = tl.sum(tl.where(mine, start, 0)), tl.sum(tl.where(mine, tokens, 0))
+    row_splits, row_tiles = tl.sum(tl.where(mine, splits, 0)), tl.sum(tl.where(mine, query_tiles, 0))
+    first_position = tl.sum(tl.where(mine, context, 0)) - row_tokens
+    base = tl.sum(tl.where(mine, taken - need, 0))
+    for begin in range(0, count, CHUNK):
+        unit = begin + tl.arange(0, CHUNK)
+        query = (row_tiles - 1 - unit // row_splits) * QUERIES
+        which = unit % row_splits
+        here = tl.minimum(row_tokens - query, QUERIES)
+        position = first_position + query
+        first = first_seen(position, WINDOW)
+        last = (position + here - 1) // KEYS + 1
+        own = split_of(first * KEYS)
+        number = tl.where(row_splits > 1, split_of((last - 1) * KEYS) - own + 1, 1)
+        if row_splits > 1:
+            begins = tl.maximum(first, split_start(own + which) // KEYS)
+            last = tl.where(number > 1, tl.minimum(last, split_start(own + which + 1) // KEYS), last)
+            first = tl.where(which < number, begins, last)  # else nothing is left for this one
+        record = to + unit * RECORD
+        mask = unit < count
+        tl.store(record, first_token + query, mask=mask)
+        tl.store(record + 1, here, mask=mask)
+        tl.store(record + 2, position, mask=mask)
+        tl.store(record + 3, unit * 0 + row, mask=mask)
+        tl.store(record + 4, first, mask=mask)
+        tl.store(record + 5, last, mask=mask)
+        tl.store(record + 6, number, mask=mask)
+        tl.store(record + 7, which, mask=mask)
+        tl.store(record + 8, base + query * row_splits, mask=mask)
+
+
+# -- the softmax of a split, and of all ---------------------------------------------------------------------
+
+
+@triton.jit
+def merge(TOP, SUM, ACC0, ACC1, top, sums, acc0, acc1, D1: tl.constexpr):
+    """All splits so far, and the next one. A split of which a row sees nothing changes nothing."""
+    higher = tl.maximum(TOP, top)
+    x = tl.exp2(TOP - higher)
+    y = tl.exp2(top - higher)
+    SUM = tl.fma(SUM, x, sums * y)
+    ACC0 = tl.fma(ACC0, x[:, None], acc0 * y[:, None])
+    if D1 > 0:
+        ACC1 = tl.fma(ACC1, x[:, None], acc1 * y[:, None])
+    return higher, SUM, ACC0, ACC1
+
+
+@triton.jit
+def finish(out, sinks, token, head, live, TOP, SUM, ACC0, ACC1, column, HEADS: tl.constexpr, D: tl.constexpr,
+           D0: tl.constexpr, D1: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    """Divides by the sum and writes. No zero is negative: whether one was may depend on the tile."""
+    if SINKS:
+        sink = tl.load(sinks + head, mask=live, other=0.0)
+        SUM += tl.exp2(tl.fma(sink, LOG2_E, -TOP))
+    over = (1.0 / SUM)[:, None]
+    to = out + ((token * HEADS + head) * D + column)[:, None]
+    to0 = to + tl.arange(0, D0)[None, :]
+    tl.store(to0, tl.fma(ACC0, over, 0.0).to(out.dtype.element_ty), mask=live[:, None])
+    if D1 > 0:
+        to1 = to + (D0 + tl.arange(0, D1))[None, :]
+        tl.store(to1, tl.fma(ACC1, over, 0.0).to(out.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, heads, part,
+            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+            VALUE_PARTS: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
+            AT_ONCE: tl.constexpr):  # fmt: skip
+    """Merges what the programs of all `splits` have left: ROWS rows at a time, AT_ONCE splits loaded."""
+    for begin in range(0, tokens * GROUP, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        query = row // GROUP
+        live = (query < tokens) & (row % GROUP < heads)
+        head = first_head + row % GROUP
+        TOP = tl.full((ROWS,), NEVER, tl.float32)
+        SUM = tl.zeros((ROWS,), tl.float32)
+        ACC0 = tl.zeros((ROWS, V0), tl.float32)
+        ACC1 = ACC0
+        if V1 > 0:
+            ACC1 = tl.zeros((ROWS, V1), tl.float32)
+        at = ((base + query) * HEADS + head) * VALUE_PARTS + part
+        step = tokens * (HEADS * VALUE_PARTS)
+        for split in range(0, splits, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                there = at + (split + i) * step
+                mask = live & (split + i < splits)
+                # Not from L1, which may hold an older step's.
+                top = tl.load(sums + there * 2, mask=mask, other=NEVER, cache_modifier=".cg")
+                some = tl.load(sums + there * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+                from0 = parts + there[:, None] * (V0 + V1) + tl.arange(0, V0)[None, :]
+                acc0 = tl.load(from0, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+                acc1 = acc0
+                if V1 > 0:
+                    from1 = parts + there[:, None] * (V0 + V1) + (V0 + tl.arange(0, V1))[None, :]
+                    acc1 = tl.load(from1, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+                TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, some, acc0, acc1, V1)
+        finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V0, HEADS, D, V0, V1,
+               SINKS)  # fmt: skip
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane, scale, values, block_stride,
+                q_stride, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+                VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+                SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
+                STAGES: tl.constexpr):  # fmt: skip
+    """One unit, for the heads of `lane`."""
+    D: tl.constexpr = D0 + D1
+    GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
+    LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
+    dtype: tl.constexpr = cache.dtype.element_ty
+    token = tl.load(record)
+    tokens = tl.load(record + 1)
+    position = tl.load(record + 2)
+    cache_row = tl.load(record + 3)
+    first = tl.load(record + 4)
+    last = tl.load(record + 5)
+    splits = tl.load(record + 6)
+    which = tl.load(record + 7)
+    base = tl.load(record + 8)
+
+    part = lane % VALUE_PARTS
+    head_tile = lane // VALUE_PARTS % HEAD_TILES
+    kv_head = lane // (VALUE_PARTS * HEAD_TILES)
+    first_head = kv_head * (HEADS // KV_HEADS) + head_tile * GROUP
+    heads = tl.minimum(GROUP, HEADS // KV_HEADS - head_tile * GROUP)
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    head = first_head + row % GROUP
+    live = (query < tokens) & (row % GROUP < heads)
+    seen = position + query  # and all before
+
+    d0 = tl.arange(0, D0)
+    d1 = tl.arange(0, D1 if D1 > 0 else 16)
+    v0 = tl.arange(0, V0)
+    v1 = tl.arange(0, V1 if V1 > 0 else 16)
+    qp = q + ((token + query) * q_stride + head * D)[:, None]
+    q0 = tl.load(qp + d0[None, :], mask=live[:, None], other=0.0)
+    q1 = q0
+    if D1 > 0:
+        q1 = tl.load(qp + D0 + d1[None, :], mask=live[:, None], other=0.0)
+
+    TOP = tl.full((ROWS,), NEVER, tl.float32)
+    SUM = tl.zeros((ROWS,), tl.float32)
+    ACC0 = tl.zeros((ROWS, V0), tl.float32)
+    ACC1 = ACC0
+    top = TOP
+    acc0 = ACC0
+    acc1 = ACC0
+    if V1 > 0:
+        ACC1 = tl.zeros((ROWS, V1), tl.float32)
+        acc1 = ACC1
+    some = tl.zeros((ROWS, 16), tl.float32)
+    ones = tl.full((KEYS, 16), 1.0, dtype)
+    factor = scale * LOG2_E
+    end = position + tokens
+    border = split_start(split_of(first * KEYS) + 1) // KEYS
+    kp = cache + kv_head * (BLOCK_SIZE * D)
+    vp = kp + values + part * V0
+    table += cache_row * table_stride
+    for tile in tl.range(first, last, num_stages=STAGES):
+        if tile == border:
+            TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
+            top = tl.full((ROWS,), NEVER, tl.float32)
+            some = tl.zeros((ROWS, 16), tl.float32)
+            acc0 = tl.zeros((ROWS, V0), tl.float32)
+            if V1 > 0:
+                acc1 = tl.zeros((ROWS, V1), tl.float32)
+            else:
+                acc1 = acc0
+            border = split_start(split_of(tile * KEYS) + 1) // KEYS
+        key = tile * KEYS + tl.arange(0, KEYS)
+        there = (key < end)[:, None]
+        block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
+        at = (block.to(tl.int64) * block_stride + key % BLOCK_SIZE * D)[:, None]
+        k0 = tl.load(kp + at + d0[None, :], mask=there, other=0.0)
+        s = tl.dot(q0, tl.trans(k0))
+        if D1 > 0:
+            k1 = tl.load(kp + at + D0 + d1[None, :], mask=there, other=0.0)
+            s = tl.dot(q1, tl.trans(k1), s)
+        hidden = tile * KEYS + (KEYS - 1) > position
+        if WINDOW > 0:
+            hidden = hidden | (tile * KEYS <= end - 1 - WINDOW)
+        if hidden:
+            visible = key[None, :] <= seen[:, None]
+            if WINDOW > 0:
+                visible = visible & (key[None, :] > seen[:, None] - WINDOW)
+            s = tl.where(visible, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * factor)
+        old = tl.exp2(top - higher)[:, None]
+        p = tl.exp2(tl.fma(s, factor, -higher[:, None])).to(dtype)
+        some = tl.dot(p, ones, some * old)
+        w0 = tl.load(vp + at + v0[None, :], mask=there, other=0.0)
+        acc0 = tl.dot(p, w0, acc0 * old)
+        if V1 > 0:
+            w1 = tl.load(vp + at + V0 + v1[None, :], mask=there, other=0.0)
+            acc1 = tl.dot(p, w1, acc1 * old)
+        else:
+            acc1 = acc0
+        top = higher
+
+    if (splits == 1) & (first < last):  # not for a unit that nothing was left for
+        TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
+        finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V0, HEADS, D, V0, V1,
+               SINKS)  # fmt: skip
+    elif (splits > 1) & (first < last):
+        there = ((base + which * tokens + query) * HEADS + head) * VALUE_PARTS + part
+        tl.store(sums + there * 2, top, mask=live)
+        tl.store(sums + there * 2 + 1, tl.max(some, 1), mask=live)
+        to = parts + there[:, None] * (V0 + V1)
+        tl.store(to + v0[None, :], acc0, mask=live[:, None])
+        if V1 > 0:
+            tl.store(to + V0 + v1[None, :], acc1, mask=live[:, None])
+        tl.debug_barrier()  # all of this program's part is written before it counts as finished
+        counter = counters + base * LANES + lane
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, heads, part, HEADS,
+                    GROUP, D, V0, V1, VALUE_PARTS, SINKS, MERGED, AT_ONCE)  # fmt: skip
+            tl.store(counter, 0)
+
+
+@triton.jit
+def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, values, block_stride, q_stride,
+           table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+           D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_PARTS: tl.constexpr,
+           ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+           MERGED: tl.constexpr, AT_ONCE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Any number of programs. The queries have D0 + D1 columns, a program gives V0 + V1 of the values'.
+
+    They take turns forth and back, so that the first, longest, units do not all fall to the same ones.
+    """
+    LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
+    items = tl.load(work) * LANES
+    programs = tl.num_programs(0)
+    turns = (items + programs - 1) // programs
+    for turn in range(turns):
+        place = tl.program_id(0)
+        if turn % 2 == 1:
+            place = programs - 1 - place
+        item = turn * programs + place
+        if item < items:
+            record = work + RECORD + item // LANES * RECORD
+            attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
+                        values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D0, D1,
+                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE,
+                        STAGES)  # fmt: skip

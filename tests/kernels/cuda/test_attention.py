@@ -1,0 +1,120 @@
+"""Attention without a GPU: no spills, one order of sums, and what launches are made of.
+
+The numbers are checked on a GPU, by benchmarks/gpu_attention.py: Triton's interpreter has no loops over what
+was loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_codegen import assembled
+from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
+from worker_orcd.kernels.cuda.attend import CAPACITY, Attention, Cut, attend_kernel, halves
+from worker_orcd.kernels.cuda.compiler import Kernel, Kernels, compile_kernel
+
+CPU = torch.device("cpu")
+SPILLED = {
+    (90, 256): 128,
+    (89, 128): 256,
+}  # bytes, by capability and head: wide heads are too much for 64 rows
+LIMITS = Limits(max_tokens=300, max_rows=8, max_blocks_per_row=20, block_size=16)
+
+
+def params(heads: int, kv_heads: int, dim: int, window: int | None = None) -> AttentionParams:
+    return AttentionParams(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.1, window=window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "shape", "rows"),
+    [
+        (90, (32, 32, 96), 64), (90, (32, 32, 96), 128), (90, (14, 2, 64), 64), (90, (64, 8, 64, 128), 128),
+        (90, (4, 1, 256), 64), (80, (14, 2, 64), 64), (89, (32, 8, 128), 64),
+    ],
+)  # fmt: skip
+def test_the_compiler_spills_nothing(capability: int, shape: tuple[int, ...], rows: int) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    kernel = attend_kernel(Cut(params(*shape), rows), 16, torch.float16, torch.float16, sinks=False)
+    compiled = compile_kernel(kernel, capability)
+    ptx: str = compiled.asm["ptx"]
+    if capability == 90:
+        assert "wgmma" in ptx and "mma.sync" not in ptx  # one order of sums, whatever the tile
+    log, _ = assembled(compiled, capability)
+    most = SPILLED.get((capability, shape[2]), 0)
+    assert all(int(size) <= most for size in re.findall(r"(\d+) bytes spill", log))
+    assert "warning" not in log
+
+
+class Recorder(Kernels):
+    def __init__(self) -> None:
+        super().__init__(CPU, 90)
+        self.launches: list[tuple[Kernel, tuple[int, int, int], tuple[Any, ...]]] = []
+
+    def launch(self, kernel: Kernel, grid: tuple[int, int, int], *arguments: Any) -> None:
+        assert len(arguments) == len(kernel.arguments)
+        self.launches.append((kernel, grid, arguments))
+
+
+def inputs() -> BatchInputs:
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    return BatchInputs(
+        token_ids=zeros(300), positions=zeros(300), slots=zeros(1, 300), query_start=zeros(9),
+        context_lens=zeros(8), block_tables=zeros(1, 8, 20), logit_tokens=zeros(8),
+    )  # fmt: skip
+
+
+def test_layers_of_a_kind_share_a_plan_and_all_share_scratch_memory() -> None:
+    kernels = Recorder()
+    attention = Attention(kernels, LIMITS)
+    full, window, same = params(8, 2, 64), params(8, 2, 64, 128), params(8, 2, 64)
+    for one in (full, window, same):
+        attention.reserve(one)
+    scratch = attention.scratch_bytes
+    attention.reserve(full)
+    assert attention.scratch_bytes == scratch > CAPACITY * 8 * 64 * 4
+    for plan in attention.plans(inputs(), 8):
+        plan()
+    windows = [dict(kernel.constants)["WINDOW"] for kernel, _, _ in kernels.launches]
+    assert sorted(windows) == [0, 128]
+    assert all(grid == (8, 1, 1) for _, grid, _ in kernels.launches)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 64), (256, 64), (257, 128)])
+def test_a_launch_depends_on_the_bucket_alone(tokens: int, rows: int) -> None:
+    kernels = Recorder()
+    attention = Attention(kernels, LIMITS)
+    kind = params(8, 2, 64)
+    attention.reserve(kind)
+    cache = LayerCache(torch.zeros(2, 4, 2, 16, 64, dtype=torch.float16))
+    q, out = torch.zeros(tokens, 512, dtype=torch.float16), torch.zeros(tokens, 512)
+    attention.run(q, cache, inputs(), out, kind, None)
+    [(kernel, grid, arguments)] = kernels.launches
+    constants = dict(kernel.constants)
+    assert (constants["ROWS"], constants["HEADS"], constants["D0"], constants["D1"]) == (rows, 8, 64, 0)
+    assert grid == (2 * 132, 1, 1) and constants["SINKS"] is False
+    named = dict(zip([name for name, _ in kernel.arguments], arguments, strict=True))
+    assert named["values"] == 4 * 2 * 16 * 64 and named["block_stride"] == 2 * 16 * 64
+    with pytest.raises(ValueError, match=r"queries of torch\.float32"):
+        attention.run(q.float(), cache, inputs(), out, kind, None)
+
+
+def test_heads_are_cut_into_what_tensor_cores_take() -> None:
+    assert [halves(columns) for columns in (16, 64, 80, 96, 128, 256)] == [
+        (16, 0), (64, 0), (64, 16), (64, 32), (128, 0), (256, 0),
+    ]  # fmt: skip
+    for columns in (8, 72, 100, 112):
+        with pytest.raises(ValueError, match="powers of two"):
+            halves(columns)
+    assert Cut(params(9, 3, 64), 64).queries == 21
+    assert Cut(params(64, 8, 64), 128).lanes == 8
+    wide = Cut(params(4, 1, 256), 64)
+    assert (wide.value_parts, wide.values, wide.lanes) == (2, (128, 0), 2)
+    many = Cut(params(200, 1, 64), 64)
+    assert (many.head_tiles, many.queries) == (4, 1)
