@@ -87,7 +87,7 @@ def _cores(here: machine.Machine) -> Finding:
 
 
 def _memory() -> Finding:
-    from worker_orcd.runner.memory import available_memory
+    from worker_orcd.kernels.cpu.memory import available_memory
 
     available = available_memory()
     text = f"{available / 1e9:.1f} GB available to this process"

@@ -147,6 +147,10 @@ class Backend(Protocol):
 
     # -- memory ------------------------------------------------------------------------------------------
 
+    def available_memory(self) -> int:
+        """Bytes that this process may still take of the device."""
+        ...
+
     def matrix(self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()) -> Weight:
         """Pack matrices with equal k for `linear`; outputs are concatenated in order. Formats may differ.
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from worker_orcd.config import DeviceConfig
-from worker_orcd.errors import InvalidConfiguration
 from worker_orcd.kernels.backend import Backend
 from worker_orcd.kernels.cpu.build import LibraryUnavailable, load_library
 from worker_orcd.kernels.cpu.library import Library
 from worker_orcd.kernels.cpu.native import NativeBackend
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.kernels.cuda.backend import missing_for_cuda, open_cuda
 
 
 class LoadLibrary(Protocol):
@@ -26,13 +26,13 @@ def select_backend(
 ) -> Backend:
     """The backend for `config.device`. `warn` is called once, with a sentence, if it is a slow substitute.
 
-    `on_compile` is called if kernels have to be compiled first, which happens once on a machine.
+    `on_compile` is called if the CPU's kernels have to be compiled first, which happens once on a machine.
 
-    "auto" is the CPU: this version has no other backend. Raises InvalidConfiguration for a device there is no
-    backend for, and for settings the backend refuses.
+    "auto" is a GPU where one can be used, else the CPU. Raises InvalidConfiguration for a device that is not
+    there, and for settings the backend refuses.
     """
-    if config.device == "cuda":
-        raise InvalidConfiguration("device is cuda; this version has no CUDA backend, available is: cpu")
+    if config.device == "cuda" or (config.device == "auto" and missing_for_cuda() is None):
+        return open_cuda(config)
     try:
         library = load(on_compile=on_compile)
     except LibraryUnavailable as error:

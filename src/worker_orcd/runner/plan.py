@@ -97,7 +97,7 @@ def make_plan(
     """Pure: nothing is measured or allocated. Raises InsufficientMemory or InvalidConfiguration.
 
     `weights_bytes`: see `tensor_bytes`. `available_bytes`: of the device, before the weights are loaded; see
-    `memory.available_memory` for the CPU.
+    `Backend.available_memory`.
     """
     wanted_len = _wanted_model_len(config, engine)
     shortest_len = min(wanted_len, MIN_MODEL_LEN) if engine.max_model_len is None else wanted_len

@@ -27,7 +27,6 @@ from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import load_weights
 from worker_orcd.narration import Narration
-from worker_orcd.runner.memory import available_memory
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.text.chat import ChatTemplate
@@ -209,7 +208,7 @@ def _plan(
     file: GGUFFile, model: ModelConfig, backend: Backend, engine: EngineConfig, device: DeviceConfig
 ) -> MemoryPlan:
     known = replace(model, name=_model_id(file.path))  # what its user calls it, for messages
-    return make_plan(known, tensor_bytes(file), backend, engine, device, available_memory())
+    return make_plan(known, tensor_bytes(file), backend, engine, device, backend.available_memory())
 
 
 def _model_id(path: Path) -> str:

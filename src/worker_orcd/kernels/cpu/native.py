@@ -39,6 +39,7 @@ from worker_orcd.kernels.backend import (
 from worker_orcd.kernels.cpu.cores import check_threads, usable_cores
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts
 from worker_orcd.kernels.cpu.library import Batch, Kind, Library, Rows
+from worker_orcd.kernels.cpu.memory import available_memory
 from worker_orcd.kernels.cpu.program import (
     ROUTING_LISTS,
     InputName,
@@ -98,6 +99,9 @@ class NativeBackend:
         )
 
     # -- memory ------------------------------------------------------------------------------------------
+
+    def available_memory(self) -> int:
+        return available_memory()
 
     def matrix(
         self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()

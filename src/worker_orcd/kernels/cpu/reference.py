@@ -38,6 +38,7 @@ from worker_orcd.kernels.backend import (
 )
 from worker_orcd.kernels.cpu.cores import check_threads
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
+from worker_orcd.kernels.cpu.memory import available_memory
 
 TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
 
@@ -85,6 +86,9 @@ class ReferenceBackend:
         self.description = f"torch reference, float32 activations, {cache} KV cache"
 
     # -- memory ------------------------------------------------------------------------------------------
+
+    def available_memory(self) -> int:
+        return available_memory()
 
     def matrix(
         self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from worker_orcd.runner.memory import available_memory
+from worker_orcd.kernels.cpu.memory import available_memory
 
 MIB = 1 << 20
 

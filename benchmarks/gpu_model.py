@@ -1,0 +1,345 @@
+"""
+Whole models on a GPU: right, the same bits whatever the batch, and how fast.
+
+    python benchmarks/gpu_model.py --only tiny                       # every architecture, small and random
+    python benchmarks/gpu_model.py --only real same fast FILE…       # real or `synth` files
+
+`tiny` compares logits with the
+reference backend's on the CPU, then every chunking and place in a batch with each other, bit for bit, with
+and without graphs. `real` compares a file's logits with the CPU's in float32. `same` does what `tiny` does
+for bits, with up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts. Results go
+to a JSON file as they come; a table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpu_timing import copy_bandwidth, stamp
+from worker_orcd.config import DeviceConfig, EngineConfig
+from worker_orcd.gguf.reader import GGUFFile
+from worker_orcd.kernels.backend import Backend, Counts
+from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.kernels.cuda.backend import CudaBackend, CudaStep
+from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.model.architectures import configure
+from worker_orcd.model.decoder import Decoder
+from worker_orcd.model.weights import load_weights
+from worker_orcd.runner.plan import make_plan, tensor_bytes
+from worker_orcd.runner.runner import ModelRunner
+from worker_orcd.runner.scoring import score
+from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
+
+SMALL = EngineConfig(max_num_seqs=512, max_num_batched_tokens=512)
+CHUNKS = (1, 7, 64, 333)
+BATCHES = (2, 3, 8, 16, 17, 33, 64, 100, 128, 256)
+DECODES = (1, 4, 16, 64, 128, 256)
+TINY_ERROR = 0.02  # of the range of logits: operands are rounded to 8 or 11 bits
+ROUTED_ERROR = 0.3  # where random routers choose other experts for a rounding
+
+
+def cuda() -> CudaBackend:
+    major, minor = torch.cuda.get_device_capability()
+    return CudaBackend(Kernels(torch.device("cuda"), 10 * major + minor))
+
+
+def load(path: Path, backend: Backend, engine: EngineConfig) -> ModelRunner:
+    """As the worker does it, without a tokenizer."""
+    device = DeviceConfig(memory_fraction=0.9)
+    with GGUFFile(path) as file:
+        config = configure(file)
+        plan = make_plan(config, tensor_bytes(file), backend, engine, device, backend.available_memory())
+        config = config.serving(plan.max_model_len)
+        weights = load_weights(file, config, backend)
+    return ModelRunner(Decoder(config, weights, backend), backend, plan, engine)
+
+
+class Session:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.results: dict[str, Any] = {"stamp": stamp(args.commit)}
+        self.lines: list[str] = []
+        self.failed = 0
+
+    def say(self, line: str, *, ok: bool = True) -> None:
+        self.failed += not ok
+        self.lines.append(line if ok else f"{line}   <-- FAILED")
+        print(self.lines[-1], flush=True)
+
+    def keep(self, name: str, value: Any) -> None:
+        self.results[name] = value
+        self.args.out.write_text(json.dumps(self.results, indent=1))
+
+    def guarded(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            traceback.print_exc()
+            self.say(f"{name}: an exception", ok=False)
+
+
+# -- right ---------------------------------------------------------------------------------------------------
+
+
+def differing(a: NDArray[np.float32], b: NDArray[np.float32]) -> int:
+    """Outputs whose bits differ."""
+    return int((a.view(np.int32) != b.view(np.int32)).sum())
+
+
+def check_tiny(session: Session) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "model"))
+    from tiny_models import MODELS
+    from tiny_variants import VARIANTS, tiny_file
+
+    prompt = np.random.default_rng(7).integers(0, 320, 300).tolist()
+    with tempfile.TemporaryDirectory() as directory:
+        for name, tiny in (MODELS | VARIANTS).items():
+            if session.args.models and name not in session.args.models:
+                continue
+            path = tiny_file(tiny).write(Path(directory) / f"{name}.gguf")
+            session.guarded(name, lambda name=name, path=path: check_one(session, name, path, prompt))
+
+
+def check_one(session: Session, name: str, path: Path, prompt: list[int]) -> None:
+    wanted = score(load(path, ReferenceBackend(), SMALL), prompt)
+    runner = load(path, cuda(), SMALL)
+    found = score(runner, prompt)
+    error = (np.abs(found - wanted).max(axis=1) / np.ptp(wanted, axis=1)).max()
+    bits = {chunk: differing(score(runner, prompt, chunk), found) for chunk in CHUNKS}
+    rows = in_batch(runner, [prompt[:5], prompt[40:57], prompt[90:91], prompt[100:240]])
+    alone = np.concatenate(
+        [in_batch(runner, [prompt[a:b]]) for a, b in ((0, 5), (40, 57), (90, 91), (100, 240))]
+    )
+    others = differing(rows, alone)
+    step: CudaStep = runner._compiled
+    step.executor.use_graphs = False
+    eager = differing(score(runner, prompt), found)
+    session.keep(f"tiny {name}", {"error": float(error), "chunks": bits, "batch": others, "eager": eager})
+    allowed = ROUTED_ERROR if name == "gpt-oss" else TINY_ERROR
+    clean = bool(np.isfinite(found).all()) and not any(bits.values()) and not others and not eager
+    session.say(
+        f"{name:14} error {error:.5f}; bits that differ: chunks {sum(bits.values())}, batch {others},"
+        f" eager {eager} of {found.size}",
+        ok=bool(error < allowed) and clean,
+    )
+
+
+def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, groups: int) -> Sequence:
+    made = Sequence(
+        id=number, token_ids=token_ids, max_tokens=1 << 20, stop_token_ids=frozenset(),
+        sampling=SamplingParams(temperature=0.0),
+    )  # fmt: skip
+    made.block_tables = [list(range(first_block, first_block + blocks)) for _ in range(groups)]
+    return made
+
+
+def in_batch(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
+    """Logits of every token, all prompts in one step."""
+    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
+    rows, block = [], 1
+    for number, prompt in enumerate(prompts):
+        blocks = -(-len(prompt) // size)
+        rows.append(Row(sequence(number, prompt, block, blocks, groups), len(prompt)))
+        block += blocks
+    return runner.logits(Step(tuple(rows)))
+
+
+def check_real(session: Session, path: Path) -> None:
+    ids = np.random.default_rng(3).integers(1000, 30000, 200).tolist()
+    if session.args.ids is not None:
+        ids = json.loads(session.args.ids.read_text())
+    engine = EngineConfig(max_num_seqs=512, max_num_batched_tokens=512, max_model_len=1024)
+    runner = load(path, cuda(), engine)
+    found = score(runner, ids)
+    wanted = (
+        np.load(session.args.logits)
+        if session.args.logits
+        else score(load(path, ReferenceBackend(), engine), ids)
+    )
+    wanted, found = wanted.astype(np.float64), found[: len(wanted)]
+    log_p = wanted - np.logaddexp.reduce(wanted, axis=1, keepdims=True)
+    theirs = found.astype(np.float64)
+    log_q = theirs - np.logaddexp.reduce(theirs, axis=1, keepdims=True)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    same_top = int((found.argmax(axis=1) == wanted.argmax(axis=1)).sum())
+    session.keep(f"real {path.name}", {"kl": float(kl.mean()), "most": float(kl.max()), "top1": same_top})
+    session.say(
+        f"{path.name}: KL to the reference mean {kl.mean():.7f}, most {kl.max():.7f}; same top-1"
+        f" {same_top}/{len(found)}",
+        ok=bool(kl.mean() < 1e-3),
+    )
+
+
+# -- the same bits -------------------------------------------------------------------------------------------
+
+
+def check_same(session: Session, path: Path) -> None:
+    engine = EngineConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=1024)
+    runner = load(path, cuda(), engine)
+    random = np.random.default_rng(5)
+    vocabulary = min(runner.vocab_size, 30000)
+    prompts = [random.integers(0, vocabulary, random.integers(2, 60)).tolist() for _ in range(max(BATCHES))]
+    alone = [last_logits(runner, [prompt])[0] for prompt in prompts]
+    compared = wrong = 0
+    for size in BATCHES:
+        order = random.permutation(len(prompts))[:size]
+        together = last_logits(runner, [prompts[index] for index in order])
+        for place, index in enumerate(order):
+            wrong += differing(together[place], alone[index]) > 0
+            compared += 1
+    ids = random.integers(0, vocabulary, 256).tolist()
+    whole = score(runner, ids)
+    chunks = sum(differing(score(runner, ids, chunk), whole) for chunk in CHUNKS)
+    session.keep(f"same {path.name}", {"rows": compared, "differ": wrong, "chunks": chunks})
+    session.say(
+        f"{path.name}: {wrong} of {compared} rows differ in a batch, {chunks} words under chunking",
+        ok=not wrong and not chunks,
+    )
+
+
+def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
+    """Of the last token of each prompt: all but it in steps of their own, then one decode step of all."""
+    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
+    sequences, block = [], 1
+    for number, prompt in enumerate(prompts):
+        blocks = -(-len(prompt) // size)
+        sequences.append(sequence(number, prompt, block, blocks, groups))
+        block += blocks
+    for some in grouped(sequences, runner.limits.max_tokens):
+        runner.launch(Step(tuple(Row(one, len(one.token_ids) - 1) for one in some))).wait()
+    for one in sequences:
+        one.num_computed_tokens = len(one.token_ids) - 1
+    return runner.logits(Step(tuple(Row(one, 1) for one in sequences)))
+
+
+def grouped(sequences: list[Sequence], most: int) -> Iterator[list[Sequence]]:
+    some: list[Sequence] = []
+    for one in sequences:
+        if some and sum(len(other.token_ids) for other in some) + len(one.token_ids) > most:
+            yield some
+            some = []
+        some.append(one)
+    yield some
+
+
+# -- fast ----------------------------------------------------------------------------------------------------
+
+
+def time_model(session: Session, path: Path) -> None:
+    engine = EngineConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=1024)
+    started = time.monotonic()
+    backend = cuda()
+    runner = load(path, backend, engine)
+    torch.cuda.synchronize()
+    loaded = time.monotonic()
+    step: CudaStep = runner._compiled
+    session.say(
+        f"{path.name}: ready in {loaded - started:.1f} s, {torch.cuda.memory_allocated() / 1e9:.2f} GB"
+    )
+    context = session.args.context
+    for rows in DECODES:
+        if rows * (context + 16) > runner.plan.kv_cache_tokens:
+            continue
+        micro, whole = time_decode(runner, step, rows, context)
+        session.keep(f"decode {path.name} {rows}", {"graph": micro, "step": whole})
+        session.say(
+            f"{path.name}: {rows:4} sequences at {context}: graph {micro:8.1f} us ="
+            f" {1e6 * rows / micro:8.0f} tok/s; with host {whole:8.1f} us = {1e6 * rows / whole:8.0f} tok/s"
+        )
+    for tokens in (128, 512, 2048):
+        micro = time_prompt(runner, step, tokens)
+        session.keep(f"prompt {path.name} {tokens}", micro)
+        session.say(
+            f"{path.name}: prompt step of {tokens:5}: {micro:9.1f} us = {1e6 * tokens / micro:8.0f} tok/s"
+        )
+
+
+def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) -> tuple[float, float]:
+    """Microseconds of the graph alone, and of a whole step as the engine sees it."""
+    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
+    blocks = -(-(context + 1) // size)
+    random = np.random.default_rng(rows)
+    sequences = []
+    for number in range(rows):
+        ids = random.integers(0, min(runner.vocab_size, 30000), context + 1).tolist()
+        one = sequence(number, ids, 1 + number * blocks, blocks, groups)
+        one.num_computed_tokens = context
+        sequences.append(one)
+    whole = Step(tuple(Row(one, 1) for one in sequences))
+    for _ in range(3):
+        runner.launch(whole).wait()
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        runner.launch(whole).wait()
+        times.append(time.perf_counter() - started)
+    return replay(step, Counts(rows, rows, rows)), 1e6 * statistics.median(times)
+
+
+def time_prompt(runner: ModelRunner, step: CudaStep, tokens: int) -> float:
+    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
+    length = min(tokens, 512)
+    blocks = -(-length // size)
+    random = np.random.default_rng(tokens)
+    rows = []
+    for number in range(tokens // length):
+        ids = random.integers(0, min(runner.vocab_size, 30000), length).tolist()
+        rows.append(Row(sequence(number, ids, 1 + number * blocks, blocks, groups), length))
+    runner.launch(Step(tuple(rows))).wait()
+    return replay(step, Counts(tokens, len(rows), len(rows)))
+
+
+def replay(step: CudaStep, counts: Counts) -> float:
+    """Median microseconds of the step that the inputs hold, copies included, queued back to back."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(10):
+            step.executor.start(counts)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 10)
+    return 1000 * statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--only", nargs="+", default=["tiny", "real", "same", "fast"])
+    parser.add_argument("--models", nargs="+", help="of the tiny ones")
+    parser.add_argument("--ids", type=Path, help="JSON: the token ids of `real`")
+    parser.add_argument("--logits", type=Path, help=".npy: the reference's logits for them")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("gpu_model.json"))
+    parser.add_argument("--commit")
+    session = Session(parser.parse_args())
+    if "tiny" in session.args.only:
+        session.guarded("tiny", lambda: check_tiny(session))
+    for path in session.args.files:
+        for name, work in (("real", check_real), ("same", check_same), ("fast", time_model)):
+            if name in session.args.only:
+                session.guarded(f"{name} {path.name}", lambda work=work, path=path: work(session, path))
+                torch.cuda.empty_cache()
+    if "fast" in session.args.only:
+        session.say(f"device copy: {copy_bandwidth():.0f} GB/s")
+    print("\n".join(session.lines))
+    sys.exit(bool(session.failed))
+
+
+if __name__ == "__main__":
+    main()
