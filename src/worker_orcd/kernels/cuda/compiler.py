@@ -140,5 +140,5 @@ class Kernels:
         self.compiled(kernel)[grid](*values, *[None] * len(kernel.constants))
 
 
-def _compile_for_cache(compile: Compile, kernel: Kernel, capability: int) -> None:
-    compile(kernel, capability)  # the result cannot leave the process; its file can
+def _compile_for_cache(compiler: Compile, kernel: Kernel, capability: int) -> None:
+    compiler(kernel, capability)  # the result cannot leave the process; its file can
