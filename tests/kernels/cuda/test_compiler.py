@@ -1,0 +1,75 @@
+"""Kernels are known before they are compiled, compiled once, and launched with what they name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from worker_orcd.kernels.cuda.compiler import FEW, Kernel, Kernels
+
+CPU = torch.device("cpu")
+
+
+def kernel(number: int = 0, **changes: Any) -> Kernel:
+    return Kernel(
+        module="linear", function="linear", arguments=(("x", "*fp32"), ("n", "i32"), ("y", "*i32")),
+        constants=(("NUMBER", number),), **changes,
+    )  # fmt: skip
+
+
+class Compiled:
+    """Takes the place of a compiled kernel: keeps what it was launched with."""
+
+    def __init__(self, kernel: Kernel, capability: int) -> None:
+        self.kernel, self.capability = kernel, capability
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: self.calls.append((grid, *arguments))
+
+
+def test_a_kernel_is_compiled_once_and_launched_with_addresses() -> None:
+    kernels = Kernels(CPU, 90, Compiled)
+    x = torch.zeros(4)
+    for _ in range(2):
+        kernels.launch(kernel(), (1, 2, 3), x, 7, x)
+    compiled = kernels.compiled(kernel())
+    assert compiled.capability == 90
+    assert compiled.calls == [((1, 2, 3), x.data_ptr(), 7, x.data_ptr(), None)] * 2
+    with pytest.raises(ValueError, match="linear takes 3 arguments, not 2"):
+        kernels.launch(kernel(), (1, 1, 1), x, 7)
+
+
+def test_collecting_launches_nothing() -> None:
+    kernels = Kernels(CPU, 90, pytest.fail)
+
+    def work() -> None:
+        for number in (2, 1, 2):
+            kernels.launch(kernel(number), (1, 1, 1), 0, 0, 0)
+
+    assert kernels.collect(work) == [kernel(2), kernel(1)]
+    with pytest.raises(ZeroDivisionError):
+        kernels.collect(lambda: 1 // 0)
+    assert kernels.collect(lambda: None) == []
+
+
+@pytest.mark.parametrize("count", [1, 3 * FEW])
+def test_what_is_missing_is_compiled_and_progress_told(count: int) -> None:
+    """By one process, or by as many as there are cores."""
+    kernels = Kernels(CPU, 90, Compiled)
+    kernels.compiled(kernel(0))
+    told: list[tuple[int, int]] = []
+    kernels.compile_all(
+        [kernel(number) for number in range(count + 1)], lambda *progress: told.append(progress)
+    )
+    assert told[-1] == (count, count)
+    assert sorted(told) == told
+    assert all(kernels.compiled(kernel(number)).capability == 90 for number in range(count + 1))
+
+
+def test_which_arguments_are_multiples_of_sixteen() -> None:
+    assert kernel().aligned_arguments == (0, 2)
+    assert kernel(aligned=("n",)).aligned_arguments == (0, 1, 2)
+    assert kernel(loose=("y",)).aligned_arguments == (0,)
