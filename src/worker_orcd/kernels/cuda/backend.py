@@ -317,12 +317,15 @@ class CudaStep:
         self.executor, self._device = executor, device
 
     def __call__(self, counts: Counts) -> torch.Tensor:
-        with torch.inference_mode():
+        if self._device.type != "cuda":
+            with torch.inference_mode():
+                return self.executor.start(counts).cpu()
+        # A thread has a current device of its own, and the one that computes is not the one that loaded.
+        with torch.inference_mode(), torch.cuda.device(self._device):
             logits = self.executor.start(counts).cpu()
-        if self._device.type == "cuda":
             # A copy of nothing waits for nothing; and until the step is over, its inputs must stay.
             torch.cuda.current_stream().synchronize()
-        return logits
+            return logits
 
 
 def missing_for_cuda() -> str | None:
