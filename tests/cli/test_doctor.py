@@ -50,7 +50,7 @@ def test_a_gpu_is_seen_and_said_not_to_be_used(tmp_path: Path) -> None:
     (tmp_path / "proc/driver/nvidia/version").write_text("NVRM version: 570.1\nGCC version: 12\n")
     gpu = {finding.what: finding for finding in doctor.examine(tmp_path)}["GPU"]
     assert gpu.found == "nvidia0; NVRM version: 570.1"
-    assert "no GPU backend" in gpu.advice
+    assert "torch finds no CUDA device" in gpu.advice and "the CPU is used" in gpu.advice
 
 
 CPUINFO = """\

@@ -25,6 +25,8 @@ from worker_orcd.errors import (
 )
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.gguf.writer import GGUFWriter
+from worker_orcd.kernels.cpu.native import NativeBackend
+from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, SamplingParams
 from worker_orcd.worker import loading
@@ -154,7 +156,8 @@ def test_what_a_template_makes_of_messages_is_bounded_like_any_prompt(config: Wo
 
 
 def test_too_little_memory_is_said_in_bytes(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loading, "available_memory", lambda: 1 << 20)
+    for backend in (NativeBackend, ReferenceBackend):
+        monkeypatch.setattr(backend, "available_memory", lambda _self: 1 << 20)
     with pytest.raises(InsufficientMemory, match=r"'tiny' requires .* MiB .* 1\.0 MiB available"):
         load(config)
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -128,12 +127,14 @@ def _gpu(root: Path) -> Finding:
     devices = sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
     version = root / "proc/driver/nvidia/version"
     driver = version.read_text().splitlines()[0].strip() if version.is_file() else ""
-    backend = find_spec("worker_orcd.kernels.cuda.backend") is not None
     if not devices and not driver:
         return Finding("GPU", "note", "none", "the CPU is used")
     text = f"{', '.join(devices) or 'no device nodes'}; {driver or 'no driver'}"
-    if not backend:
-        return Finding("GPU", "note", text, "this version has no GPU backend; the CPU is used")
+    from worker_orcd.kernels.cuda.backend import missing_for_cuda
+
+    missing = missing_for_cuda()
+    if missing is not None:
+        return Finding("GPU", "note", text, f"{missing}; the CPU is used")
     return Finding("GPU", "ok", text)
 
 
