@@ -106,6 +106,9 @@ async def test_jobs_that_end_early_give_their_blocks_back_and_disturb_nobody(
 @pytest.mark.model
 @pytest.mark.slow
 @LONG
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # the test's own client, cut off in the middle of a stream
+)
 async def test_another_worker_gives_the_same_and_drains(demo_model: Path, alone: list[Answer]):
     """One thread, small chunks, few blocks, jobs preempted for an urgent one; SIGTERM while jobs run."""
     options = ("--cpu-threads", "1", "--max-num-batched-tokens", "96", "--kv-cache-size-mb", "20")
