@@ -107,7 +107,7 @@ async def test_jobs_that_end_early_give_their_blocks_back_and_disturb_nobody(
 @pytest.mark.slow
 @LONG
 @pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"  # the test's own client, cut off in the middle of a stream
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # of its client, cut off
 )
 async def test_another_worker_gives_the_same_and_drains(demo_model: Path, alone: list[Answer]):
     """One thread, small chunks, few blocks, jobs preempted for an urgent one; SIGTERM while jobs run."""
