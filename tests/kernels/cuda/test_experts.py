@@ -328,5 +328,13 @@ def test_what_a_kernel_would_misread_is_refused() -> None:
         linear(x, weight, experts, out[:, :64])
     with pytest.raises(ValueError, match="gates"):
         linear(x, weight, experts, out[:, :64], glu=Glu.SWIGLU)
-    with pytest.raises(ValueError, match="multiple of 16"):
-        linear(x, weight, experts, torch.zeros(2, 130)[:, :128])
+
+
+def test_only_what_is_a_multiple_of_16_is_taken_for_one() -> None:
+    launches = Launches()
+    experts, x = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 72, dtype=torch.float16)[:, :64]
+    for n, stride, aligned in ((64, 128, ("n", "y_stride")), (64, 130, ("n",)), (24, 48, ("y_stride",))):
+        (weight,) = pack_experts([stack("Q8_0", 4, n, 64)], 4, [], Uploader(CPU))
+        launches.products.reserve(weight, 2, 2)
+        launches.products.linear(x, weight, experts, torch.zeros(2, stride)[:, : 2 * n])
+        assert launches.made[-1].kernel.aligned == aligned

@@ -48,6 +48,7 @@ class ExpertVariant:
     glu: Glu | None = None
     bias: bool = False
     out: str = "fp32"
+    aligned: tuple[str, ...] = ("n", "x_stride", "y_stride")  # arguments that are multiples of 16
     portable: bool = False
 
     def kernel(self) -> Kernel:
@@ -68,13 +69,12 @@ class ExpertVariant:
             "GLU": "" if self.glu is None else self.glu.value,
         }
         del constants["RESIDUAL"]
-        aligned = ("n", "y_stride") if self.shape.aligned else ()
         return Kernel(
             module="experts",
             function="product",
             arguments=tuple(arguments.items()),
             constants=tuple(constants.items()),
-            aligned=aligned + (("x_stride",) if self.shape.k % 16 == 0 else ()),
+            aligned=self.aligned,
             warps=self.tile.warps,
             stages=self.tile.stages,
             fused=False,  # a gated unit has the bits that `elementwise` gives it
@@ -91,7 +91,10 @@ def choose_expert_tile(shape: Shape, n: int, pairs: int, width: int, capability:
     if width == 0:
         return choose_tile(shape, n, 1, capability)
     tile = choose_tile(shape, n, width if width < 128 else max(pairs, 128), capability)
-    return dataclasses.replace(tile, split=False)
+    tokens = tile.tokens
+    if shape.chunks > 1 and shape.layout.high_bits:
+        tokens = min(tokens, 64)  # two sums, words and high words are more than 255 registers
+    return dataclasses.replace(tile, tokens=tokens, split=False)
 
 
 def sort_kernel(pairs: int, width: int) -> Kernel:
@@ -173,13 +176,13 @@ class ExpertProducts:
         `x` is (tokens, k), the same for all slots, or (tokens, slots * k), of `weight.operand`; `experts`
         (tokens, slots) int32, contiguous; `order` what `sort` made of it. `out` is (tokens, slots * n). Of a
         paired weight it is, with `glu`, (tokens, slots * n / 2), else (tokens, slots * n) of which the first
-        half of the columns are the gates. Rows of x and out may be further apart than they are long; where k
-        or n is a multiple of 16, so must be the distance.
+        half of the columns are the gates. Rows of x and out may be further apart than they are long.
         """
         pairs, slots, k = experts.numel(), experts.shape[1], weight.shape.k
         width = 0 if order is None else order.width
         tile = tile or choose_expert_tile(weight.shape, weight.n, pairs, width, self._kernels.capability)
         self._check(x, weight, experts, out, glu, tile)
+        sizes = {"n": weight.n, "x_stride": x.stride(0), "y_stride": out.stride(0)}
         variant = ExpertVariant(
             shape=weight.shape,
             tile=tile,
@@ -190,6 +193,7 @@ class ExpertProducts:
             glu=glu,
             bias=weight.bias is not None,
             out=_OUT[out.dtype],
+            aligned=tuple(name for name, value in sizes.items() if value % 16 == 0),
         )
         programs = pairs if order is None else order.num_tiles * (width // tile.tokens)
         grid = -(-weight.n // tile.rows), programs, weight.shape.chunks if tile.split else 1
@@ -200,7 +204,7 @@ class ExpertProducts:
             out if weight.bias is None else weight.bias, experts,
             experts if order is None else order.entries, experts if order is None else order.tiles,
             self._partials if tile.split else out, self._counters,
-            weight.n, pairs, x.stride(0), out.stride(0),
+            weight.n, pairs, sizes["x_stride"], sizes["y_stride"],
         )  # fmt: skip
         return out
 
@@ -220,7 +224,5 @@ class ExpertProducts:
             raise ValueError(f"{tokens} tokens of {slots} slots: x {tuple(x.shape)}, out {tuple(out.shape)}")
         if glu is not None and not weight.paired:
             raise ValueError("a gated unit needs gates and what goes with them in one weight")
-        if (k % 16 == 0 and x.stride(0) % 16) or (weight.n % 16 == 0 and out.stride(0) % 16):
-            raise ValueError(f"rows begin at no multiple of 16: {x.stride(0)} and {out.stride(0)} apart")
         if tile.split and weight.shape.chunks * tokens * slots * weight.n > len(self._partials):
             raise ValueError(f"a split product of {tokens} tokens needs more scratch memory: see reserve")
