@@ -7,6 +7,8 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Protocol
 
+MAX_LOGPROBS = 20  # of the most likely tokens that a request may ask for
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:

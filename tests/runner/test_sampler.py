@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from worker_orcd.errors import Internal, InvalidParameter
+from worker_orcd.kernels.draw import Draw
 from worker_orcd.runner.philox import uniform
-from worker_orcd.runner.sampler import Draw, Sampler, falling, invert
+from worker_orcd.runner.sampler import Sampler, falling, invert
 from worker_orcd.sequence import RowFailure, SampledToken, SamplingParams, Sequence
 
 VOCAB = 1000

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from worker_orcd.config import EngineConfig
 from worker_orcd.errors import EngineError, Internal, OutOfMemory
 from worker_orcd.kernels.backend import Backend, BatchInputs, Counts, Tensor
+from worker_orcd.kernels.draw import Draw
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.runner.batch import Batch
 from worker_orcd.runner.kv_cache import allocate_kv_cache
 from worker_orcd.runner.plan import MemoryPlan
-from worker_orcd.runner.sampler import Draw, Sampler
+from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import PendingStep, RowResult, Step
 
 

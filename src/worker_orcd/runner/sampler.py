@@ -17,47 +17,18 @@ Nothing is sorted beyond what can be kept.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.errors import Internal, InvalidParameter
+from worker_orcd.kernels.draw import Draw, TokenIds, bias_outside, no_numbers, none_left
 from worker_orcd.runner.philox import uniform
-from worker_orcd.sequence import RowFailure, SampledToken, SamplingParams, Sequence
+from worker_orcd.sequence import RowFailure, SampledToken, SamplingParams
 
 Logits = NDArray[np.float32]  # (vocab_size,)
-TokenIds = NDArray[np.int64]
 
 _BIN_BITS = 12  # top-p: similar values share a bin
 _RUN = 512  # weights in a run of `invert`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
-    """What the next token of a sequence is drawn with: a copy, so that the sequence may change meanwhile."""
-
-    params: SamplingParams
-    position: int  # of the new token in its sequence
-    excluded: frozenset[int]  # cannot be drawn: stop tokens before `min_tokens` outputs
-    token_ids: TokenIds | None  # prompt and output; None where no penalty asks for them
-    num_prompt_tokens: int
-
-    @classmethod
-    def of(cls, sequence: Sequence) -> Draw:
-        params = sequence.sampling
-        penalised = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
-        return cls(
-            params=params,
-            position=len(sequence.token_ids),
-            excluded=frozenset() if sequence.may_stop else sequence.stop_token_ids,
-            token_ids=np.array(sequence.token_ids, dtype=np.int64) if penalised else None,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-        )
 
 
 class Sampler:
@@ -74,9 +45,7 @@ class Sampler:
     def sample(self, logits: Logits, draw: Draw) -> SampledToken | RowFailure:
         """The next token of one sequence. `logits` is (vocab_size,), contiguous, and is not written to."""
         if any(not 0 <= token_id < len(logits) for token_id, _bias in draw.params.logit_bias):
-            return RowFailure(
-                InvalidParameter.code, f"logit_bias names a token outside 0 … {len(logits) - 1}"
-            )
+            return bias_outside(len(logits))
         with np.errstate(all="ignore"):  # infinities and NaN are looked for below
             return self._sample(logits, draw)
 
@@ -223,9 +192,4 @@ def _first_above(cumulative: NDArray[np.float64], target: float) -> int:
 
 def _failure(logits: Logits) -> RowFailure:
     """Why no token can be drawn: the model's fault, or the request's that left none."""
-    if np.isfinite(logits.max()):
-        return RowFailure(
-            InvalidParameter.code,
-            "logit_bias and penalties leave no token with a finite logit to choose from",
-        )
-    return RowFailure(Internal.code, "the model computed logits that are not finite numbers")
+    return none_left() if np.isfinite(logits.max()) else no_numbers()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from worker_orcd.sequence import MAX_LOGPROBS
 from worker_orcd.server.body import Wire, shown
 
 MAX_STOP_STRINGS = 4
@@ -193,7 +194,7 @@ class ExecuteRequest(Sampling):
     prompt_token_ids: TokenIds | None = Field(default=None, description="a list of token ids, at least one")
     messages: Messages | None = Field(default=None, description=f"a list of 1 to {MAX_MESSAGES} messages")
     max_tokens: Annotated[int | None, Field(ge=1, le=MAX_COUNT)] = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Self, cast
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from worker_orcd.sequence import MAX_LOGPROBS
 from worker_orcd.server.body import Wire, shown
 from worker_orcd.server.wire import MAX_COUNT, MAX_MESSAGES, MAX_SEED, Messages, Sampling
 
@@ -91,7 +92,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: Prompts = Field(description=_PROMPT_RULE)
     echo: bool = False
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
 
     @model_validator(mode="after")
     def _echo_has_no_logprobs(self) -> Self:
@@ -117,7 +118,7 @@ class ChatRequest(OpenAIRequest):
     messages: Messages = Field(description=f"a list of 1 to {MAX_MESSAGES} messages")
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=MAX_COUNT)] = None
     logprobs: bool = False
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     reasoning_effort: Effort = None
     chat_template_kwargs: TemplateFields | None = None
 

@@ -1,0 +1,348 @@
+"""
+Drawing the tokens of a step on a GPU.
+
+A step is `prepare`, `upload`, `launch`, `download`, `results`; nothing but `results` (and `prepare`, for the
+copy of the step before) waits. `launch` may be captured in a CUDA graph: what it is given in a step is read
+from device memory. Rows beyond a step's draws are skipped. The rules are those of `runner.sampler`, which
+gives the same tokens but where rounding decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
+from worker_orcd.kernels.cuda.draw_slab import (
+    CHUNK,
+    GROUPS,
+    LIMITS,
+    MAX_VOCAB,
+    NONE_LEFT,
+    OK,
+    ROUNDS,
+    DrawSlab,
+    Wanted,
+    host_buffer,
+)
+from worker_orcd.kernels.draw import Draw, no_numbers, none_left
+from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, RowResult, SampledToken
+
+CAPACITY = 4096  # tokens that a list of what filters may keep has room for
+_FEW_PROGRAMS = 1024  # of a kernel that most rows do not need
+WARPS = 8  # of every kernel: fixes the order in which the sums of chunks are added
+_UNIT = 2.0**-44  # of a weight, see `sampling`
+
+_TYPES = {
+    "logits": "*fp32", "ints": "*i64", "reals": "*fp64", "entries": "*i32", "entry_reals": "*fp32",
+    "saved": "*fp32", "chunk_max": "*fp32", "chunk_sum": "*i64", "group_max": "*fp32", "group_sum": "*i64",
+    "floors": "*i32", "counts": "*i32", "highs": "*fp32", "masses": "*fp64", "values": "*fp32", "ids": "*i32",
+    "more_counts": "*i32", "limits": "*i32", "sums": "*i64", "ends": "*i32", "lasts": "*i32",
+    "tokens": "*i32", "statuses": "*i32", "token_logits": "*fp32", "top_ids": "*i32", "top_logits": "*fp32",
+    "stride": "i32",
+}  # fmt: skip
+_STATS = "logits ints reals chunk_max chunk_sum group_max group_sum stride"
+_FLOOR = "ints reals chunk_max group_max group_sum floors counts highs masses more_counts sums"
+_COLLECT = "logits ints chunk_max group_max floors counts values ids stride"
+_TALLY = "logits ints reals chunk_max floors counts highs masses limits sums stride"
+_BETWEEN = (
+    "logits ints reals chunk_max group_max floors counts masses limits sums more_counts values ids stride"
+)
+_DRAW = "logits ints reals chunk_max chunk_sum counts ends lasts tokens statuses stride"
+# Module, function, arguments in order, constants beside those that all have. Those named raw are for log
+# probabilities, see `DeviceSampler.launch`.
+_KERNELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "stats": ("sampling", "chunk_stats", _STATS, {"RAW": False, "BY_GROUP": False}),
+    "stats by group": ("sampling", "chunk_stats", _STATS, {"RAW": False, "BY_GROUP": True}),
+    "raw stats": ("sampling", "chunk_stats", _STATS, {"RAW": True, "BY_GROUP": True}),
+    "draw": ("sampling", "draw", _DRAW, {"FILTERS": False}),
+    "draw what is kept": ("sampling", "draw", _DRAW, {"FILTERS": True}),
+    "adjust": ("sampling", "adjust", "logits ints reals entries entry_reals saved stride", {}),
+    "finish": ("sampling", "finish", "logits ints entries saved tokens statuses token_logits stride", {}),
+    "find floor": ("filtering", "find_floor", _FLOOR, {"RAW": False}),
+    "raw find floor": ("filtering", "find_floor", _FLOOR, {"RAW": True}),
+    "collect": ("filtering", "collect", _COLLECT, {"RAW": False}),
+    "raw collect": ("filtering", "collect", _COLLECT, {"RAW": True}),
+    "choose": (
+        "filtering", "choose", "ints reals floors counts highs masses values ids tokens statuses", {},
+    ),
+    "raw list top": (
+        "filtering", "list_top", "logits ints counts values ids top_ids top_logits stride", {},
+    ),
+    "tally": ("cutting", "tally", _TALLY, {"ROUND": 0}),
+    "tally again": ("cutting", "tally", _TALLY, {"ROUND": 1}),
+    "collect between": ("cutting", "collect_between", _BETWEEN, {}),
+    "cut": (
+        "cutting", "cut",
+        "ints reals floors counts highs masses limits sums more_counts values ids ends lasts", {},
+    ),
+    "cut long": (
+        "cutting", "cut_long", "logits ints reals counts highs masses more_counts ends lasts stride", {},
+    ),
+    "cut stats": (
+        "cutting", "cut_stats", "logits ints reals chunk_max chunk_sum counts highs ends lasts stride", {},
+    ),
+}  # fmt: skip
+_WITHOUT_VOCAB = ("adjust",)
+_WITH_CHUNKS = ("draw", "find_floor")
+_WITHOUT_CAPACITY = ("chunk_stats", "adjust", "finish", "find_floor")
+
+
+def padded_rows(max_rows: int) -> int:
+    """Rows of every array: so many that each begins at a multiple of 16 bytes."""
+    return -(-max_rows // 4) * 4
+
+
+def sampling_kernels(vocab_size: int, max_rows: int, *, aligned: bool = True) -> dict[str, Kernel]:
+    """All kernels for a vocabulary. `aligned`: rows of logits begin at multiples of 16."""
+    chunks = -(-vocab_size // CHUNK)
+
+    def constants(function: str, more: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {} if function in _WITHOUT_VOCAB else {"VOCAB": vocab_size}
+        found["ROWS"] = padded_rows(max_rows)
+        if function in _WITH_CHUNKS:
+            found["CHUNKS_PADDED"] = 1 << (chunks - 1).bit_length()
+        if function not in _WITHOUT_CAPACITY:
+            found["CAPACITY"] = CAPACITY
+        return found | more
+
+    return {
+        name: Kernel(
+            module=module,
+            function=function,
+            arguments=tuple((argument, _TYPES[argument]) for argument in arguments.split()),
+            constants=tuple(constants(function, more).items()),
+            aligned=("stride",) if aligned else (),
+            warps=WARPS,
+        )
+        for name, (module, function, arguments, more) in _KERNELS.items()
+    }
+
+
+class DeviceSampler:
+    """Draws on the current stream of one device, a step at a time. Allocates when built.
+
+    Only rows with penalties, bias or excluded tokens may make `prepare` allocate: more room for their
+    entries. A graph that was captured with `Wanted.adjusts` is then void; `entries_moved` counts how often.
+    """
+
+    def __init__(self, kernels: Kernels, vocab_size: int, max_rows: int) -> None:
+        if not 1 <= vocab_size <= MAX_VOCAB:
+            raise ValueError(f"a vocabulary of {vocab_size}; 1 to {MAX_VOCAB} can be sampled from")
+        self._kernels, self.vocab_size, self.max_rows = kernels, vocab_size, max_rows
+        self._chunks = -(-vocab_size // CHUNK)
+        device, rows = kernels.device, padded_rows(max_rows)
+        self._of = {flag: sampling_kernels(vocab_size, max_rows, aligned=flag) for flag in (False, True)}
+        self._slab = DrawSlab(vocab_size, rows, device)
+        self._scratch = {
+            name: torch.zeros(size, dtype=dtype, device=device)
+            for name, (size, dtype) in _scratch_sizes(vocab_size, rows).items()
+        }
+        self._brief = 8 * rows  # bytes of tokens and statuses
+        self._host_results = host_buffer(_result_bytes(rows), device)
+        self._results = torch.zeros_like(self._host_results, device=device)
+        self._views = _result_views(self._results, rows)
+        self._found = {name: view.numpy() for name, view in _result_views(self._host_results, rows).items()}
+        self._entries_moved = -1
+        self._arguments: dict[str, list[torch.Tensor]] = {}
+        self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
+        self._downloaded = torch.cuda.Event() if device.type == "cuda" else None
+        self._draws: list[Draw | None] = []
+        self._failures: dict[int, RowFailure] = {}
+        self._wanted = Wanted()
+
+    @staticmethod
+    def device_bytes(vocab_size: int, max_rows: int) -> int:
+        """What one takes on the device, beside the entries."""
+        rows = padded_rows(max_rows)
+        scratch = _scratch_sizes(vocab_size, rows).values()
+        return sum(size * dtype.itemsize for size, dtype in scratch) + _result_bytes(rows) + 104 * rows
+
+    @property
+    def allocated_bytes(self) -> int:
+        arrays = (*self._scratch.values(), self._results, self._slab.ints, self._slab.reals)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """(rows,) int32 on the device: the tokens of the last step, 0 where a row failed."""
+        return self._views["tokens"]
+
+    @property
+    def entries_moved(self) -> int:
+        return self._slab.entries_moved
+
+    def prepare(self, draws: Sequence[Draw | None]) -> Wanted:
+        """Note what the rows of a step are drawn with, None for rows that have no logits."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+        self._draws = list(draws)
+        self._wanted, self._failures = self._slab.fill([draw for draw in draws if draw is not None])
+        return self._wanted
+
+    def upload(self) -> None:
+        """Start the copy of what was prepared."""
+        self._slab.upload()
+        if self._uploaded is not None:
+            self._uploaded.record()
+
+    def launch(self, logits: torch.Tensor, wanted: Wanted) -> None:
+        """Draw: a row of `logits` (rows, vocab_size) float32 for each draw that is not None, and maybe more.
+
+        Logits are changed meanwhile where `wanted.adjusts`, and back when it is done.
+        """
+        rows = len(logits)
+        if rows > self.max_rows:
+            raise ValueError(f"{rows} rows of logits, but there is room for {self.max_rows}")
+        if self._entries_moved != self._slab.entries_moved:
+            self._name_arguments()
+        by_chunk, by_row = (self._chunks, rows, 1), (rows, 1, 1)
+        if wanted.logprobs:
+            self._run("raw stats", by_chunk, logits)
+            self._run("raw find floor", by_row, logits)
+            self._run("raw collect", by_chunk, logits)
+            self._run("raw list top", by_row, logits)
+        if wanted.adjusts:
+            self._run("adjust", by_row, logits)
+        if wanted.filters:
+            self._run("stats by group", by_chunk, logits)
+            self._run("find floor", by_row, logits)
+            self._run("collect", by_chunk, logits)
+            self._run("choose", by_row, logits)
+            few = (max(1, min(self._chunks, _FEW_PROGRAMS // rows)), rows, 1)
+            self._run("tally", few, logits)
+            self._run("tally again", few, logits)
+            self._run("collect between", few, logits)
+            self._run("cut", by_row, logits)
+            self._run("cut long", by_row, logits)
+            self._run("cut stats", few, logits)
+            self._run("draw what is kept", by_row, logits)
+        else:
+            self._run("stats", by_chunk, logits)
+            self._run("draw", by_row, logits)
+        if wanted.adjusts or wanted.logprobs:
+            self._run("finish", by_row, logits)
+
+    def _name_arguments(self) -> None:
+        """Which arrays each kernel is given, beside the logits."""
+        slab, views = self._slab, self._views
+        named = self._scratch | {
+            "ints": slab.ints, "reals": slab.reals, "entries": slab.entries, "entry_reals": slab.entries,
+            "saved": slab.saved, "tokens": views["tokens"], "statuses": views["statuses"],
+            "token_logits": views["token_logits"], "top_ids": views["top_ids"],
+            "top_logits": views["top_logits"],
+        }  # fmt: skip
+        raw = named | {"highs": views["highs"], "masses": views["masses"]}
+        self._arguments = {
+            name: [
+                (raw if name.startswith("raw") else named)[argument]
+                for argument in arguments.split()
+                if argument not in ("logits", "stride")
+            ]
+            for name, (_, _, arguments, _) in _KERNELS.items()
+        }
+        self._entries_moved = slab.entries_moved
+
+    def _run(self, name: str, grid: Grid, logits: torch.Tensor) -> None:
+        stride = logits.stride(0)
+        kernel = self._of[stride % 16 == 0 and logits.data_ptr() % 16 == 0][name]
+        if kernel.arguments[0][0] == "logits":
+            self._kernels.launch(kernel, grid, logits, *self._arguments[name], stride)
+        else:
+            self._kernels.launch(kernel, grid, *self._arguments[name])
+
+    def download(self) -> None:
+        """Start the copy of what was drawn."""
+        size = len(self._results) if self._wanted.logprobs else self._brief
+        self._host_results[:size].copy_(self._results[:size], non_blocking=True)
+        if self._downloaded is not None:
+            self._downloaded.record()
+
+    def results(self) -> list[RowResult]:
+        """Wait for what was drawn: an entry for each draw, None for None. Once for each `download`."""
+        if self._downloaded is not None:
+            self._downloaded.synchronize()
+        tokens = self._found["tokens"].tolist()
+        statuses = self._found["statuses"].tolist()
+        results: list[RowResult] = []
+        row = 0
+        for draw in self._draws:
+            if draw is None:
+                results.append(None)
+                continue
+            if row in self._failures:
+                results.append(self._failures[row])
+            elif statuses[row] != OK:
+                results.append(none_left() if statuses[row] == NONE_LEFT else no_numbers())
+            elif draw.params.logprobs is None:
+                results.append(SampledToken(tokens[row]))
+            else:
+                results.append(self._with_logprobs(row, tokens[row], draw.params.logprobs))
+            row += 1
+        return results
+
+    def _with_logprobs(self, row: int, token_id: int, count: int) -> SampledToken | RowFailure:
+        found = self._found
+        highest = float(found["highs"][row])
+        if not math.isfinite(highest):
+            return no_numbers()
+        normaliser = highest + math.log(float(found["masses"][row]) * _UNIT)
+        count = min(count, self.vocab_size)
+        ids = found["top_ids"][row, :count].tolist()
+        values = found["top_logits"][row, :count].tolist()
+        return SampledToken(
+            token_id=token_id,
+            logprob=float(found["token_logits"][row]) - normaliser,
+            top_logprobs=tuple((index, value - normaliser) for index, value in zip(ids, values, strict=True)),
+        )
+
+
+def _scratch_sizes(vocab_size: int, rows: int) -> dict[str, tuple[int, torch.dtype]]:
+    chunks = -(-vocab_size // CHUNK)
+    return {
+        "chunk_max": (rows * chunks, torch.float32),
+        "chunk_sum": (rows * chunks, torch.int64),
+        "group_max": (rows * chunks * GROUPS, torch.float32),
+        "group_sum": (rows * chunks * GROUPS, torch.int64),
+        "floors": (rows, torch.int32),
+        "counts": (rows, torch.int32),
+        "highs": (rows, torch.float32),
+        "masses": (rows, torch.float64),
+        "values": (rows * CAPACITY, torch.float32),
+        "ids": (rows * CAPACITY, torch.int32),
+        "more_counts": (rows, torch.int32),
+        "limits": (rows * ROUNDS * LIMITS, torch.int32),
+        "sums": (rows * ROUNDS * LIMITS, torch.int64),
+        "ends": (rows, torch.int32),
+        "lasts": (rows, torch.int32),
+    }
+
+
+_RESULTS = (
+    ("tokens", torch.int32, 1),
+    ("statuses", torch.int32, 1),
+    ("token_logits", torch.float32, 1),
+    ("highs", torch.float32, 1),
+    ("masses", torch.float64, 1),
+    ("top_ids", torch.int32, MAX_LOGPROBS),
+    ("top_logits", torch.float32, MAX_LOGPROBS),
+)
+
+
+def _result_bytes(rows: int) -> int:
+    return sum(rows * dtype.itemsize * width for _, dtype, width in _RESULTS)
+
+
+def _result_views(buffer: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+    """Arrays by row, one after the other; the first two are all that most steps want."""
+    views: dict[str, torch.Tensor] = {}
+    start = 0
+    for name, dtype, width in _RESULTS:
+        end = start + rows * dtype.itemsize * width
+        view = buffer[start:end].view(dtype)
+        views[name] = view.view(rows, width) if width > 1 else view
+        start = end
+    return views

@@ -1,0 +1,324 @@
+"""The GPU's sampler: the host's tokens, under an interpreter; what a compiler makes of it; what it is told.
+
+`benchmarks/gpu_sampling.py` compares many more draws, on a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_sampling import faults
+from worker_orcd.errors import InvalidParameter
+from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.cuda.draw_slab import (
+    EXCLUDED,
+    MAX_VOCAB,
+    SEEN,
+    SMALLEST_ENTRIES,
+    USED,
+    DrawSlab,
+    Wanted,
+    entries_of,
+)
+from worker_orcd.kernels.cuda.sampler import DeviceSampler, sampling_kernels
+from worker_orcd.kernels.draw import Draw
+from worker_orcd.runner.sampler import Sampler
+from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, SampledToken, SamplingParams
+
+HERE = Path(__file__).parent
+PATHS = [HERE.parents[2] / "src", HERE.parents[2] / "benchmarks"]
+VOCAB = 300
+
+
+def draw_of(
+    excluded: tuple[int, ...] = (), token_ids: list[int] | None = None, prompt: int = 1, **params: Any
+) -> Draw:
+    return Draw(
+        params=SamplingParams(**params),
+        position=9,
+        excluded=frozenset(excluded),
+        token_ids=None if token_ids is None else np.array(token_ids, np.int64),
+        num_prompt_tokens=prompt,
+    )
+
+
+# -- the kernels' logic, under Triton's interpreter --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, list[list[dict[str, Any] | None]]]:
+    """By case, what `interpreted_sampling.py` prints."""
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", HERE / "interpreted_sampling.py"],
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*map(str, PATHS), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    [("plain", 17), ("filtered", 8), ("long", 8), ("adjusted", 8), ("failures", 8), ("equal_logits", 2)],
+)
+def test_a_row_gives_what_the_host_gives(
+    interpreted: dict[str, list[list[dict[str, Any] | None]]], case: str, rows: int
+) -> None:
+    assert len(interpreted[case]) == rows
+    for device, host in interpreted[case]:
+        if device is None or host is None or "code" in device or host.get("logprob") is None:
+            assert device == host
+            continue
+        assert device["token_id"] == host["token_id"]
+        assert device["logprob"] == pytest.approx(host["logprob"], abs=1e-9)
+        assert [token for token, _ in device["top_logprobs"]] == [token for token, _ in host["top_logprobs"]]
+        assert [value for _, value in device["top_logprobs"]] == pytest.approx(
+            [value for _, value in host["top_logprobs"]], abs=1e-9
+        )
+
+
+@pytest.mark.slow
+def test_failures_are_whose_fault_they_are(
+    interpreted: dict[str, list[list[dict[str, Any] | None]]],
+) -> None:
+    codes = [device.get("code") for device, _ in interpreted["failures"] if device is not None]
+    assert codes == [*["INTERNAL"] * 3, *[InvalidParameter.code] * 3, None, "INTERNAL"]
+
+
+@pytest.mark.slow
+def test_a_draw_depends_neither_on_other_rows_nor_on_the_kernels_they_need(
+    interpreted: dict[str, list[list[dict[str, Any] | None]]],
+) -> None:
+    assert len(interpreted["same"]) == 4
+    for among, with_every_kernel, alone in interpreted["same"]:
+        assert among == with_every_kernel == alone
+
+
+# -- what the compiler makes of them -----------------------------------------------------------------------
+
+
+MOST = (
+    "stats by group", "draw what is kept", "adjust", "find floor", "collect", "choose", "raw list top",
+    "tally", "cut", "cut long", "cut stats",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "vocab", "names"),
+    [(90, 201088, MOST), (80, 50257, ("stats by group", "choose")), (89, 262144, ("choose", "cut long"))],
+)
+def test_no_kernel_spills(capability: int, vocab: int, names: tuple[str, ...]) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    kernels = sampling_kernels(vocab, 256, aligned=vocab % 16 == 0)
+    assert {name: found for name in names if (found := faults(kernels[name], capability))} == {}
+
+
+def test_every_kernel_is_described_as_it_is() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    from worker_orcd.kernels.cuda import cutting, filtering, sampling
+
+    modules = {"cutting": cutting, "filtering": filtering, "sampling": sampling}
+    for kernel in sampling_kernels(1000, 3).values():
+        function = getattr(modules[kernel.module], kernel.function)
+        described = [name for name, _ in kernel.arguments + kernel.constants]
+        wanted = list(inspect.signature(function.fn).parameters)
+        arguments = len(kernel.arguments)
+        assert described[:arguments] == wanted[:arguments]
+        assert sorted(described[arguments:]) == sorted(wanted[arguments:])
+
+
+# -- what the host tells the device ------------------------------------------------------------------------
+
+
+def adjusted(row: np.ndarray, draw: Draw) -> np.ndarray:
+    """By the entries, as `sampling.adjust` does it."""
+    params = draw.params
+    row = row.copy()
+    for entry in entries_of(draw, len(row)):
+        value = row[entry["id"]]
+        if entry["flags"] & SEEN:
+            penalty = np.float32(params.repetition_penalty)
+            value = value / penalty if value > 0 else value * penalty
+        if entry["flags"] & USED:
+            value = (value - np.float32(params.presence_penalty)) - entry["frequency"]
+        row[entry["id"]] = -np.inf if entry["flags"] & EXCLUDED else value + entry["bias"]
+    return row
+
+
+ids = st.integers(0, VOCAB - 1)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.none() | st.lists(ids, min_size=1, max_size=40),
+    prompt=st.integers(0, 20),
+    bias=st.dictionaries(ids, st.floats(-100, 100), max_size=5),
+    excluded=st.sets(st.integers(-2, VOCAB + 2), max_size=4),
+    penalties=st.tuples(st.floats(0.1, 2), st.floats(-2, 2), st.floats(-2, 2)),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_entries_change_logits_as_the_host_does(
+    seed: int,
+    tokens: list[int] | None,
+    prompt: int,
+    bias: dict[int, float],
+    excluded: set[int],
+    penalties: tuple[float, float, float],
+) -> None:
+    row = (5 * np.random.default_rng(seed).standard_normal(VOCAB)).astype(np.float32)
+    draw = draw_of(
+        tuple(excluded), tokens, prompt, logit_bias=tuple(bias.items()), repetition_penalty=penalties[0],
+        presence_penalty=penalties[1], frequency_penalty=penalties[2],
+    )  # fmt: skip
+    np.testing.assert_array_equal(adjusted(row, draw), Sampler(VOCAB).adjusted(row, draw))
+    assert (np.diff(entries_of(draw, VOCAB)["id"]) > 0).all()
+
+
+def test_biases_of_a_token_named_twice_add_up() -> None:
+    [entry] = entries_of(draw_of(logit_bias=((4, 1.5), (4, 2.0))), VOCAB)
+    assert (entry["id"], entry["bias"]) == (4, 3.5)
+
+
+def slab() -> DrawSlab:
+    return DrawSlab(VOCAB, 8, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("draw", "wanted"),
+    [
+        (draw_of(), Wanted()),
+        (draw_of(temperature=0.0, top_k=5, top_p=0.5, min_p=0.5), Wanted()),  # filters drop no argmax
+        (draw_of(top_k=VOCAB), Wanted()),
+        (draw_of(top_k=VOCAB - 1), Wanted(filters=True)),
+        (draw_of(top_p=0.99), Wanted(filters=True)),
+        (draw_of(min_p=0.01), Wanted(filters=True)),
+        (draw_of(logprobs=0), Wanted(logprobs=True)),
+        (draw_of(token_ids=[1], presence_penalty=1.0), Wanted(adjusts=True)),
+        (draw_of(excluded=(4,)), Wanted(adjusts=True)),
+        (draw_of(logit_bias=((4, 1.0),)), Wanted(adjusts=True)),
+    ],
+)
+def test_a_step_needs_what_its_rows_ask_for(draw: Draw, wanted: Wanted) -> None:
+    filled = slab()
+    assert filled.fill([draw_of(), draw]) == (wanted, {})
+    assert filled.fill([draw_of(), draw_of(temperature=0.3)]) == (Wanted(), {})
+
+
+def test_rows_that_fail_at_once_are_not_drawn() -> None:
+    filled = slab()
+    draws = [draw_of(), draw_of(logit_bias=((VOCAB, 1.0),)), draw_of(logprobs=MAX_LOGPROBS + 1)]
+    wanted, failures = filled.fill(draws)
+    assert not wanted.adjusts
+    assert {row: failure.code for row, failure in failures.items()} == {
+        1: InvalidParameter.code,
+        2: InvalidParameter.code,
+    }
+    assert "outside 0 … 299" in failures[1].message
+    assert "at most 20" in failures[2].message
+    with pytest.raises(ValueError, match="9 draws"):
+        filled.fill([draw_of()] * 9)
+
+
+def test_room_for_entries_grows() -> None:
+    filled = DrawSlab(MAX_VOCAB, 4, torch.device("cpu"))
+    many = draw_of(token_ids=list(range(SMALLEST_ENTRIES)), presence_penalty=1.0)
+    filled.fill([many])
+    assert filled.entries_moved == 0
+    filled.fill([draw_of(), many, draw_of(excluded=(70_000,))])
+    assert filled.entries_moved == 1
+    assert len(filled.saved) > SMALLEST_ENTRIES
+    filled.upload()
+    records = filled.entries.numpy().view("<i4").reshape(-1, 4)
+    assert records[: SMALLEST_ENTRIES + 1, 0].tolist() == [*range(SMALLEST_ENTRIES), 70_000]
+    assert records[SMALLEST_ENTRIES, 1] == EXCLUDED
+
+
+# -- launches: the arguments, without a GPU ----------------------------------------------------------------
+
+
+class Launches(Kernels):
+    """Keeps what would be launched."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), 90)
+        self.made: list[tuple[str, tuple[int, int, int]]] = []
+
+    def launch(self, kernel: Kernel, grid: tuple[int, int, int], *arguments: torch.Tensor | float) -> None:
+        assert len(arguments) == len(kernel.arguments)
+        for (name, kind), value in zip(kernel.arguments, arguments, strict=True):
+            assert kind.startswith("*") == isinstance(value, torch.Tensor), name
+            if isinstance(value, torch.Tensor) and name != "logits":
+                assert value.data_ptr() % 16 == 0, name
+        self.made.append((kernel.function, grid))
+
+
+def test_a_plain_step_is_two_launches() -> None:
+    kernels = Launches()
+    sampler = DeviceSampler(kernels, 9000, 50)
+    wanted = sampler.prepare([draw_of(), None, draw_of(temperature=0.0)])
+    sampler.upload()
+    sampler.launch(torch.zeros(48, 9000), wanted)
+    assert kernels.made == [("chunk_stats", (3, 48, 1)), ("draw", (48, 1, 1))]
+    with pytest.raises(ValueError, match="51 rows"):
+        sampler.launch(torch.zeros(51, 9000), wanted)
+
+
+def test_what_rows_ask_for_is_launched_in_order() -> None:
+    kernels = Launches()
+    sampler = DeviceSampler(kernels, 9000, 5)
+    sampler.launch(torch.zeros(5, 9000), Wanted(adjusts=True, logprobs=True))
+    assert [name for name, _ in kernels.made] == [
+        "chunk_stats", "find_floor", "collect", "list_top", "adjust", "chunk_stats", "draw", "finish",
+    ]  # fmt: skip
+    kernels.made.clear()
+    sampler.launch(torch.zeros(5, 9000), Wanted(filters=True))
+    assert [name for name, _ in kernels.made] == [
+        "chunk_stats", "find_floor", "collect", "choose", "tally", "tally", "collect_between", "cut",
+        "cut_long", "cut_stats", "draw",
+    ]  # fmt: skip
+
+
+def test_results_are_told_apart_by_row() -> None:
+    sampler = DeviceSampler(Launches(), VOCAB, 5)
+    sampler.prepare([draw_of(), None, draw_of(logit_bias=((-1, 1.0),)), draw_of()])
+    sampler.token_ids[:3] = torch.tensor([7, 8, 9], dtype=torch.int32)
+    sampler.download()
+    first, second, third, fourth = sampler.results()
+    assert (first, second, fourth) == (SampledToken(7), None, SampledToken(9))
+    assert isinstance(third, RowFailure)
+
+
+def test_vocabularies_have_a_limit() -> None:
+    for size in (0, MAX_VOCAB + 1):
+        with pytest.raises(ValueError, match=f"{size}"):
+            DeviceSampler(Launches(), size, 1)
+
+
+def test_what_it_takes_is_known_before() -> None:
+    sampler = DeviceSampler(Launches(), 201088, 64)
+    assert DeviceSampler.device_bytes(201088, 64) == sampler.allocated_bytes
+    assert 2 << 20 < sampler.allocated_bytes < 8 << 20
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    code = "import sys, worker_orcd.kernels.cuda.sampler; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
