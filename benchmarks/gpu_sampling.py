@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_codegen import run, tools
+from gpu_codegen import assembled
 from gpu_timing import LARGER_THAN_L2, copy_bandwidth, graph_microseconds, stamp
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels, compile_kernel
 from worker_orcd.kernels.cuda.draw_slab import Wanted
@@ -85,14 +85,7 @@ EVERY_SET = (
 
 def faults(kernel: Kernel, capability: int) -> list[str]:
     """Why a kernel must not ship: it spills, keeps things in local memory, or the assembler warns."""
-    compiled = compile_kernel(kernel, capability)
-    with tempfile.TemporaryDirectory() as directory:
-        ptx, cubin = Path(directory, "k.ptx"), Path(directory, "k.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        target = f"--gpu-name=sm_{capability}{'a' if capability == 90 else ''}"
-        log = run([tools() / "ptxas", "-v", target, ptx, "-o", Path(directory, "again.cubin")])
-        sass = run([tools() / "cuobjdump", "-sass", cubin])
+    log, sass = assembled(compile_kernel(kernel, capability), capability)
     found = [line for line in log.splitlines() if "warning" in line.lower()]
     for number, what in re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", log):
         if int(number):
@@ -336,6 +329,7 @@ def measure(session: Session) -> None:
             return session.say("out of time")
         times: dict[int, float] = {}
         for rows in (1, 16, 64, 256):
+            # A single row's stay in the L2 cache, as those that a model has just computed do.
             copies = max(2, min(40, LARGER_THAN_L2 // (4 * rows * VOCAB)))
             logits = [peaked(rows, VOCAB, seed) for seed in range(copies)]
             wanted = sampler.prepare([draw_of(params, i, VOCAB, 1000) for i in range(rows)])

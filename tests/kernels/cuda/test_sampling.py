@@ -251,6 +251,12 @@ def test_room_for_entries_grows() -> None:
     assert records[SMALLEST_ENTRIES, 1] == EXCLUDED
 
 
+def test_nothing_is_taken_for_aligned_that_is_not() -> None:
+    for name, kernel in sampling_kernels(50257, 8, aligned=False).items():
+        promised = {kernel.arguments[index][0] for index in kernel.aligned_arguments}
+        assert not promised & {"logits", "stride"}, name
+
+
 # -- launches: the arguments, without a GPU ----------------------------------------------------------------
 
 

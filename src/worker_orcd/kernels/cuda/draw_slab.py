@@ -3,7 +3,8 @@ How a step's draws are told to a GPU: parameters by row, and what changes single
 
 `ints` and `reals` are (fields, rows) of 8-byte numbers. `entries` has, for rows with penalties, bias or
 excluded tokens only, a record for each token that changes, each token once. Such a row costs the host a sort
-of its token ids a step: 0.13 ms for a thousand, 0.7 ms for ten thousand. Biases of one token that is named twice are added to each other first.
+of its token ids a step: 0.13 ms for a thousand, 0.7 ms for ten thousand. Biases of one token that is named
+twice are added to each other first.
 """
 
 from __future__ import annotations
