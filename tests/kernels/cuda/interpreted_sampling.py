@@ -114,15 +114,27 @@ def filtered() -> list[Any]:
     return both(logits, [draw_of(seed=i, **one) for i, one in enumerate(params)])
 
 
+def small() -> list[Any]:
+    """Few are kept, of about equal weight, so that one more or less would show."""
+    logits = np.full((ROWS, VOCAB), -20.0, np.float32)
+    logits[:4, 600:5000:1100] = (1.999, 2.0, 1.997, 1.998)
+    logits[4:, 600:5000:1100] = np.log((0.3, 0.1, 0.4, 0.2))
+    params: list[dict[str, Any]] = [{"top_k": 3}] * 4 + [{"top_p": 0.88}] * 4
+    steps = [[draw_of(seed=seed + i, **one) for i, one in enumerate(params)] for seed in (0, 100)]
+    return both(logits, steps[0]) + both(logits, steps[1])
+
+
 def long() -> list[Any]:
     """More may be kept than a list has room for."""
     logits = random_rows(4)
+    logits[1] = np.where(np.arange(VOCAB) < 503, -0.5, 0.0)  # what weighs less than `min_p` comes first
+    logits[2] = np.where(np.arange(VOCAB) < 803, -0.05, 0.0)  # what is kept in part comes first
     logits[3] = 1.5
     logits[4] = np.where(np.arange(VOCAB) < 4900, 2.0, 1.0)
     params: list[dict[str, Any]] = [
         {"top_p": 0.97, "temperature": 2.0},
-        {"top_p": 0.9999, "temperature": 2.0, "min_p": 1e-3},
-        {"min_p": 1e-6, "temperature": 1.8},
+        {"min_p": 0.7},
+        {"top_p": 0.9},
         {"top_p": 0.6},  # all are equal
         {"top_k": 4500},  # of 4900 equal ones
         {"top_k": 4800, "top_p": 0.99, "temperature": 2.0},
@@ -136,6 +148,7 @@ def adjusted() -> list[Any]:
     """Penalties, bias and exclusion, with and without log probabilities."""
     logits = random_rows(5)
     seen = [5, 9, 9, 5, 7, 7, 7, 4800, 6]
+    logits[0, [5, 7, 9]] = 20.0, 20.5, 18.8  # each penalty decides between them
     best = [int(row.argmax()) for row in logits]
     penalties: dict[str, Any] = {
         "repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.3,
@@ -200,7 +213,7 @@ def same() -> list[Any]:
     ]
 
 
-CASES = (plain, filtered, long, adjusted, failures, equal_logits, same)
+CASES = (plain, filtered, small, long, adjusted, failures, equal_logits, same)
 
 if __name__ == "__main__":
     with np.errstate(all="ignore"):  # the interpreter computes what masks leave out

@@ -76,8 +76,11 @@ def interpreted() -> dict[str, list[list[dict[str, Any] | None]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "rows"),
-    [("plain", 17), ("filtered", 8), ("long", 8), ("adjusted", 8), ("failures", 8), ("equal_logits", 2)],
-)
+    [
+        ("plain", 17), ("filtered", 8), ("small", 16), ("long", 8), ("adjusted", 8), ("failures", 8),
+        ("equal_logits", 2),
+    ],
+)  # fmt: skip
 def test_a_row_gives_what_the_host_gives(
     interpreted: dict[str, list[list[dict[str, Any] | None]]], case: str, rows: int
 ) -> None:

@@ -97,7 +97,7 @@ def padded_rows(max_rows: int) -> int:
 
 
 def sampling_kernels(vocab_size: int, max_rows: int, *, aligned: bool = True) -> dict[str, Kernel]:
-    """All kernels for a vocabulary. `aligned`: the logits, and from a row to the next, are multiples of 16."""
+    """All kernels for a vocabulary. `aligned`: the logits and their rows begin at multiples of 16."""
     chunks = -(-vocab_size // CHUNK)
 
     def constants(function: str, more: dict[str, Any]) -> dict[str, Any]:
