@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import under_interpreter
 
 from gpu_codegen import Codegen, disorder, inspect_all
 from gpu_weights import random_rows
@@ -32,8 +27,6 @@ from worker_orcd.kernels.cuda.expert_weights import PackedExperts, expert_shape,
 from worker_orcd.kernels.cuda.variants import CAPABILITIES, FORMATS, Variant, choose_tile, shape_of
 from worker_orcd.kernels.cuda.weights import Uploader
 
-HERE = Path(__file__).parent
-PATHS = [HERE.parents[2] / "src", HERE.parents[2] / "benchmarks"]
 INTERPRETED = ("MXFP4", "Q4_K")
 CPU = torch.device("cpu")
 
@@ -45,16 +38,7 @@ CPU = torch.device("cpu")
 def found() -> dict[str, list[dict[str, float]]]:
     """What `interpreted_experts.py` prints."""
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    done = subprocess.run(
-        [sys.executable, HERE / "interpreted_experts.py", *INTERPRETED],
-        env=os.environ
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*map(str, PATHS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return under_interpreter.run("interpreted_experts.py", *INTERPRETED)
 
 
 @pytest.mark.slow

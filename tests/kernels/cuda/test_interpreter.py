@@ -6,35 +6,18 @@ two give the same bits is for `benchmarks/gpu_linear.py` to show, on a GPU.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import under_interpreter
 
 from worker_orcd.kernels.cuda.variants import FORMATS
 
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
 
-HERE = Path(__file__).parent
-PATHS = [HERE.parents[2] / "src", HERE.parents[2] / "benchmarks"]
-
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[dict[str, float]]]:
     """By format, what `interpreted.py` prints."""
-    done = subprocess.run(
-        [sys.executable, HERE / "interpreted.py", *FORMATS],
-        env=os.environ
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*map(str, PATHS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return under_interpreter.run("interpreted.py", *FORMATS)
 
 
 @pytest.mark.slow

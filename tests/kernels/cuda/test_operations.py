@@ -8,11 +8,7 @@ That they are right on a GPU, and the same in every batch, is for `benchmarks/gp
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import re
-import subprocess
-import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import under_interpreter
 
 from gpu_codegen import assembled
 from gpu_operation_cases import attention_of, table_of, timed_cases
@@ -31,7 +28,6 @@ from worker_orcd.kernels.cuda.compiler import Grid, Kernel, compile_kernel
 from worker_orcd.kernels.cuda.operations import Operations, rope_table, row_shape
 
 HERE = Path(__file__).parent
-PATHS = [HERE.parents[2] / "src", HERE.parents[2] / "benchmarks"]
 CPU = torch.device("cpu")
 EXACT = [*(f"embed {name}" for name in quant.BY_NAME), "take", "combine", "saturated", "in_place"]
 NEAR = {"norms": 1e-6, "rope_store": 1e-3, "single": 1e-6, "linear_f32": 1e-6, "route": 1e-6}
@@ -45,16 +41,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Tri
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[float]]:
     """What `interpreted_operations.py` prints."""
-    done = subprocess.run(
-        [sys.executable, HERE / "interpreted_operations.py"],
-        env=os.environ
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*map(str, PATHS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return under_interpreter.run("interpreted_operations.py")
 
 
 @needs_triton

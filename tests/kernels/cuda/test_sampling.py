@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import under_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,8 +35,6 @@ from worker_orcd.kernels.draw import Draw
 from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, SampledToken, SamplingParams
 
-HERE = Path(__file__).parent
-PATHS = [HERE.parents[2] / "src", HERE.parents[2] / "benchmarks"]
 VOCAB = 300
 
 
@@ -61,16 +57,7 @@ def draw_of(
 def interpreted() -> dict[str, list[list[dict[str, Any] | None]]]:
     """By case, what `interpreted_sampling.py` prints."""
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", HERE / "interpreted_sampling.py"],
-        env=os.environ
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*map(str, PATHS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return under_interpreter.run("interpreted_sampling.py")
 
 
 @pytest.mark.slow
