@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from typing import Any
 
 import pytest
@@ -67,6 +69,19 @@ def test_what_is_missing_is_compiled_and_progress_told(count: int) -> None:
     assert told[-1] == (count, count)
     assert sorted(told) == told
     assert all(kernels.compiled(kernel(number)).capability == 90 for number in range(count + 1))
+
+
+def dies_in_a_child(kernel: Kernel, capability: int) -> Compiled:
+    if multiprocessing.parent_process() is not None:
+        os._exit(1)
+    return Compiled(kernel, capability)
+
+
+def test_processes_that_die_do_not_end_the_load() -> None:
+    kernels = Kernels(CPU, 90, dies_in_a_child)
+    several = [kernel(number) for number in range(3 * FEW)]
+    kernels.compile_all(several, lambda _done, _all: None)
+    assert all(kernels.compiled(one).capability == 90 for one in several)
 
 
 def test_which_arguments_are_multiples_of_sixteen() -> None:

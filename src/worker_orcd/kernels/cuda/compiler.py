@@ -8,11 +8,13 @@ loads. Importing this needs neither Triton nor a GPU; compiling needs Triton alo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +109,8 @@ class Kernels:
         missing = [kernel for kernel in kernels if kernel not in self._compiled]
         processes = min(len(missing) // FEW, os.cpu_count() or 1)
         if processes > 1:
-            self._fill_cache(missing, processes, on_progress)
+            with contextlib.suppress(BrokenProcessPool):  # as where memory is short: one at a time, then
+                self._fill_cache(missing, processes, on_progress)
         for done, kernel in enumerate(missing):
             self.compiled(kernel)
             if processes <= 1:
