@@ -2,13 +2,14 @@
 Whole models on a GPU: right, the same bits whatever the batch, and how fast.
 
     python benchmarks/gpu_model.py --only tiny                       # every architecture, small and random
-    python benchmarks/gpu_model.py --only real same fast FILE…       # real or `synth` files
+    python benchmarks/gpu_model.py FILE… --only real same fast       # real or `synth` files
 
-`tiny` compares logits with the
-reference backend's on the CPU, then every chunking and place in a batch with each other, bit for bit, with
-and without graphs. `real` compares a file's logits with the CPU's in float32. `same` does what `tiny` does
-for bits, with up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts. Results go
-to a JSON file as they come; a table is printed last.
+Needs a GPU, torch, triton, numpy and, for `tiny`, the gguf package; no network. `tiny` compares logits with
+the reference backend's on the CPU, then every chunking and place in a batch with each other, bit for bit,
+with and without graphs. `real` compares a file's logits with the CPU's in float32. `same` does what `tiny` does
+for bits, with up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts; `profile`
+says which kernels a step of 1 and of 64 spends its time in. Results go to a JSON file as they come; a table
+is printed last.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ TINY_ERROR = 0.02  # of the range of logits: operands are rounded to 8 or 11 bit
 ROUTED_ERROR = 0.3  # where random routers choose other experts for a rounding
 
 
-def cuda() -> CudaBackend:
+def cuda(*, graphs: bool = True) -> CudaBackend:
     major, minor = torch.cuda.get_device_capability()
-    return CudaBackend(Kernels(torch.device("cuda"), 10 * major + minor))
+    return CudaBackend(Kernels(torch.device("cuda"), 10 * major + minor), graphs=graphs)
 
 
 def load(path: Path, backend: Backend, engine: EngineConfig) -> ModelRunner:
@@ -124,9 +125,7 @@ def check_one(session: Session, name: str, path: Path, prompt: list[int]) -> Non
         [in_batch(runner, [prompt[a:b]]) for a, b in ((0, 5), (40, 57), (90, 91), (100, 240))]
     )
     others = differing(rows, alone)
-    step: CudaStep = runner._compiled
-    step.executor.use_graphs = False
-    eager = differing(score(runner, prompt), found)
+    eager = differing(score(load(path, cuda(graphs=False), SMALL), prompt), found)
     session.keep(f"tiny {name}", {"error": float(error), "chunks": bits, "batch": others, "eager": eager})
     allowed = ROUTED_ERROR if name == "gpt-oss" else TINY_ERROR
     clean = bool(np.isfinite(found).all()) and not any(bits.values()) and not others and not eager
@@ -289,6 +288,25 @@ def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) ->
     return replay(step, Counts(rows, rows, rows)), 1e6 * statistics.median(times)
 
 
+def profile_model(session: Session, path: Path) -> None:
+    """Microseconds of a step in each kernel, the largest first."""
+    engine = EngineConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=1024)
+    runner = load(path, cuda(), engine)
+    step: CudaStep = runner._compiled
+    for rows in (1, 64):
+        time_decode(runner, step, rows, session.args.context)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(5):
+                step.executor.start(Counts(rows, rows, rows))
+            torch.cuda.synchronize()
+        events = [one for one in profile.key_averages() if one.self_device_time_total]
+        total = sum(one.self_device_time_total for one in events)
+        session.say(f"{path.name}: {rows} sequences, {total / 5:.0f} us in kernels")
+        for one in sorted(events, key=lambda one: -one.self_device_time_total)[:8]:
+            share, each = one.self_device_time_total / total, one.self_device_time_total / one.count
+            session.say(f"    {one.key:32} {share:6.1%}  {each:7.2f} us each")
+
+
 def time_prompt(runner: ModelRunner, step: CudaStep, tokens: int) -> float:
     size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
     length = min(tokens, 512)
@@ -317,6 +335,9 @@ def replay(step: CudaStep, counts: Counts) -> float:
     return 1000 * statistics.median(times)
 
 
+WORK = (("real", check_real), ("same", check_same), ("fast", time_model), ("profile", profile_model))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("files", nargs="*", type=Path)
@@ -331,7 +352,7 @@ def main() -> None:
     if "tiny" in session.args.only:
         session.guarded("tiny", lambda: check_tiny(session))
     for path in session.args.files:
-        for name, work in (("real", check_real), ("same", check_same), ("fast", time_model)):
+        for name, work in WORK:
             if name in session.args.only:
                 session.guarded(f"{name} {path.name}", lambda work=work, path=path: work(session, path))
                 torch.cuda.empty_cache()

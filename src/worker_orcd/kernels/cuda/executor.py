@@ -132,10 +132,10 @@ class Executor:
         self._kernels = kernels
         self._arena = Arena(operations, result, limits, kernels.device)
         self.buckets = buckets(limits)
-        self.use_graphs = graphs and kernels.device.type == "cuda"
+        self._use_graphs = graphs and kernels.device.type == "cuda"
         self._launches: dict[Bucket, list[Launch]] = {}
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+        self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
     @property
     def num_bytes(self) -> int:
@@ -145,7 +145,7 @@ class Executor:
         """Queue a step on the current stream. The result: (num_logits, vocab_size) float32, on the device."""
         bucket = bucket_for(counts, self.buckets)
         self._staging.copy(counts, bucket)
-        graph = self._graph(bucket) if self.use_graphs else None
+        graph = self._graph(bucket) if self._use_graphs else None
         if graph is not None:
             graph.replay()
         else:
@@ -162,7 +162,7 @@ class Executor:
                     launch()
 
         self._kernels.compile_all(self._kernels.collect(launch_all), on_progress)
-        if self.use_graphs:
+        if self._use_graphs:
             for bucket in reversed(self.buckets):
                 self._graph(bucket)
 
