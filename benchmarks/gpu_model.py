@@ -6,10 +6,10 @@ Whole models on a GPU: right, the same bits whatever the batch, and how fast.
 
 Needs a GPU, torch, triton, numpy and, for `tiny`, the gguf package; no network. `tiny` compares logits with
 the reference backend's on the CPU, then every chunking and place in a batch with each other, bit for bit,
-with and without graphs. `real` compares a file's logits with the CPU's in float32. `same` does what `tiny` does
-for bits, with up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts; `profile`
-says which kernels a step of 1 and of 64 spends its time in. Results go to a JSON file as they come; a table
-is printed last.
+with and without graphs. `real` compares a file's logits with the CPU's in float32. `same` does what `tiny`
+does for bits, with up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts;
+`profile` says which kernels a step of 1 and of 64 spends its time in. Results go to a JSON file as they
+come; a table is printed last.
 """
 
 from __future__ import annotations
