@@ -34,15 +34,18 @@ from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Backend, Counts
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
-from worker_orcd.kernels.cuda.backend import CudaBackend, CudaStep
+from worker_orcd.kernels.cuda.backend import CudaBackend
 from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.kernels.cuda.step import CudaStep
+from worker_orcd.kernels.draw import Draw
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import load_weights
 from worker_orcd.runner.plan import make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
+from worker_orcd.runner.sampler import Sampler
 from worker_orcd.runner.scoring import score
-from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
+from worker_orcd.sequence import Row, SampledToken, SamplingParams, Sequence, Step
 
 SMALL = EngineConfig(max_num_seqs=512, max_num_batched_tokens=512)
 CHUNKS = (1, 7, 64, 333)
@@ -207,16 +210,54 @@ def check_same(session: Session, path: Path) -> None:
         f"{path.name}: {wrong} of {compared} rows differ in a batch, {chunks} words under chunking",
         ok=not wrong and not chunks,
     )
+    check_draws(session, path.name, runner, prompts)
 
 
-def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
-    """Of the last token of each prompt: all but it in steps of their own, then one decode step of all."""
+DRAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.95},
+    {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.1},
+    {"temperature": 0.0, "frequency_penalty": 0.5, "logprobs": 5},
+    {"temperature": 1.2, "logit_bias": ((7, 5.0), (11, -100.0))},
+)
+
+
+def check_draws(session: Session, name: str, runner: ModelRunner, prompts: list[list[int]]) -> None:
+    """What a step draws on the device, beside what the host draws from the same step's logits."""
+    logits, sequences = last_logits(runner, prompts), []
+    for number, one in enumerate(decodes(runner, prompts)):
+        one.sampling = SamplingParams(seed=number, **DRAWS[number % len(DRAWS)])
+        sequences.append(one)
+    drawn = runner.launch(Step(tuple(Row(one, 1) for one in sequences))).wait()
+    host = Sampler(runner.vocab_size)
+    wrong = sum(
+        not isinstance(found, SampledToken)
+        or not isinstance(wanted := host.sample(row, Draw.of(one)), SampledToken)
+        or found.token_id != wanted.token_id
+        for found, row, one in zip(drawn, logits, sequences, strict=True)
+    )
+    session.keep(f"draws {name}", {"rows": len(drawn), "differ": wrong})
+    session.say(f"{name}: {wrong} of {len(drawn)} tokens drawn by a step are not the host's", ok=not wrong)
+
+
+def decodes(runner: ModelRunner, prompts: list[list[int]]) -> list[Sequence]:
+    """A sequence a prompt, with blocks of its own, of which all but the last token count as computed."""
     size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
     sequences, block = [], 1
     for number, prompt in enumerate(prompts):
         blocks = -(-len(prompt) // size)
         sequences.append(sequence(number, prompt, block, blocks, groups))
+        sequences[-1].num_computed_tokens = len(prompt) - 1
         block += blocks
+    return sequences
+
+
+def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
+    """Of the last token of each prompt: all but it in steps of their own, then one decode step of all."""
+    sequences = decodes(runner, prompts)
+    for one in sequences:
+        one.num_computed_tokens = 0
     for some in grouped(sequences, runner.limits.max_tokens):
         runner.launch(Step(tuple(Row(one, len(one.token_ids) - 1) for one in some))).wait()
     for one in sequences:

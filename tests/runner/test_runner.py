@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from worker_orcd.config import EngineConfig
 from worker_orcd.errors import ContextLengthExceeded, DeviceError, Internal, OutOfMemory, WorkerError
 from worker_orcd.kernels.backend import CompiledForward, Counts, Forward
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.kernels.draw import Draw
 from worker_orcd.runner.runner import ModelRunner
+from worker_orcd.runner.sampler import Sampler
 from worker_orcd.runner.scoring import score, score_chunks
-from worker_orcd.sequence import Row, RowFailure, SampledToken, SamplingParams, Sequence, Step
+from worker_orcd.sequence import Row, RowFailure, RowResult, SampledToken, SamplingParams, Sequence, Step
 
 ENGINE = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64)
 PROMPT = np.random.default_rng(3).integers(0, 320, 20).tolist()
@@ -173,6 +177,72 @@ def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
     assert "/home" not in str(info.value)
     backend.broken = False
     assert isinstance(runner.launch(made).wait()[0], SampledToken)
+
+
+class Drawing:
+    """A forward pass on a device that draws: computed at `launch`, told when waited for."""
+
+    def __init__(self, compiled: CompiledForward, vocab_size: int) -> None:
+        self._compiled, self._sampler = compiled, Sampler(vocab_size)
+        self.fails_at = ""
+        self.waited = 0
+
+    def __call__(self, counts: Counts) -> torch.Tensor:
+        return self._compiled(counts)
+
+    def launch(self, counts: Counts, draws: SequenceABC[Draw | None]) -> Callable[[], list[RowResult]]:
+        if self.fails_at == "launch":
+            raise RuntimeError("0x7f00 /home/me")
+        logits = iter(self._compiled(counts).numpy())
+        found = [None if draw is None else self._sampler.sample(next(logits), draw) for draw in draws]
+
+        def results() -> list[RowResult]:
+            self.waited += 1
+            if self.fails_at == "wait":
+                raise DeviceError("the device is gone")
+            return found
+
+        return results
+
+
+@pytest.fixture
+def drawing(model_path: Path) -> tuple[ModelRunner, Drawing]:
+    made: list[Drawing] = []
+
+    class DrawingBackend(ReferenceBackend):
+        def compile(self, forward: Forward, inputs: Any, limits: Any) -> CompiledForward:
+            made.append(Drawing(super().compile(forward, inputs, limits), 320))
+            return made[-1]
+
+    return load_runner(model_path, DrawingBackend(), ENGINE), made[0]
+
+
+def test_a_device_that_draws_is_left_to_it(drawing: tuple[ModelRunner, Drawing], runner: ModelRunner):
+    drawer, device = drawing
+    step = Step((Row(sequence(0, PROMPT), 20), Row(sequence(1, PROMPT[::-1]), 7)))
+    pending = drawer.launch(step)
+    assert device.waited == 0
+    with pytest.raises(Internal, match="while another"):
+        drawer.launch(step)
+    assert pending.wait() == runner.launch(step).wait()
+    assert device.waited == 1
+    with pytest.raises(Internal, match="twice"):
+        pending.wait()
+    assert np.array_equal(score(drawer, PROMPT), score(runner, PROMPT))
+
+
+@pytest.mark.parametrize(("fails_at", "expected"), [("launch", Internal), ("wait", DeviceError)])
+def test_a_step_that_failed_on_the_device_is_over(
+    fails_at: str, expected: type[WorkerError], drawing: tuple[ModelRunner, Drawing]
+):
+    drawer, device = drawing
+    step = Step((Row(sequence(0, PROMPT), 20),))
+    device.fails_at = fails_at
+    with pytest.raises(expected) as info:
+        drawer.launch(step).wait()
+    assert "/home" not in str(info.value)
+    device.fails_at = ""
+    assert isinstance(drawer.launch(step).wait()[0], SampledToken)
 
 
 def test_scoring_in_any_chunks(runner: ModelRunner):

@@ -15,13 +15,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from worker_orcd.kernels.draw import Draw
 from worker_orcd.quant import WeightFormat
+from worker_orcd.sequence import RowResult
 
 Tensor = Any  # a backend's own value; see the module docstring
 Weight = Any  # a backend's own packed matrix
@@ -135,6 +137,20 @@ class CompiledForward(Protocol):
         """Run one step on what the input buffers hold.
 
         Returns (num_logits, vocab_size) float32, valid until the next call. Raises EngineError.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawingForward(CompiledForward, Protocol):
+    """Of a device that also draws the tokens, so that logits need not be copied from it."""
+
+    def launch(self, counts: Counts, draws: Sequence[Draw | None]) -> Callable[[], Sequence[RowResult]]:
+        """Start a step on what the input buffers hold, without waiting for it, and the draws of its rows.
+
+        `draws` has an entry a row, None where it does not sample. What is returned waits and gives the
+        results, an entry a row, once; until then nothing else may be launched. Both raise EngineError, and
+        then the device does no more for the step.
         """
         ...
 

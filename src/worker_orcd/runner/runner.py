@@ -7,14 +7,16 @@ a queue of its own computes in `wait`, so that the engine publishes the tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.config import EngineConfig
 from worker_orcd.errors import EngineError, Internal, OutOfMemory
-from worker_orcd.kernels.backend import Backend, BatchInputs, Counts, Tensor
+from worker_orcd.kernels.backend import Backend, BatchInputs, Counts, DrawingForward, Tensor
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.runner.batch import Batch
@@ -22,6 +24,8 @@ from worker_orcd.runner.kv_cache import allocate_kv_cache
 from worker_orcd.runner.plan import MemoryPlan
 from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import PendingStep, RowResult, Step
+
+T = TypeVar("T")
 
 
 class ModelRunner:
@@ -47,17 +51,27 @@ class ModelRunner:
         self._busy = False
 
     def launch(self, step: Step) -> PendingStep:
-        """Copy what the step needs; its sequences may change afterwards. Raises Internal."""
+        """Copy what the step needs; its sequences may change afterwards. Raises EngineError."""
         counts = self._begin(step, every_logit=False)
         draws = [Draw.of(row.sequence) if row.samples else None for row in step.rows]
-        return _PendingStep(self._finish, self._sampler, counts, draws)
+        compiled = self._compiled
+        if not isinstance(compiled, DrawingForward):
+            return _PendingStep(lambda: self._draw_here(counts, draws))
+        try:
+            with _in_our_terms():
+                results = compiled.launch(counts, draws)
+        except EngineError:
+            self._busy = False
+            raise
+        return _PendingStep(lambda: self._finish(results))
 
     def logits(self, step: Step) -> NDArray[np.float32]:
         """(num_tokens, vocab_size): compute the step and return every token's logits, a copy.
 
         At most `limits.max_rows` tokens. Raises EngineError.
         """
-        return self._finish(self._begin(step, every_logit=True)).copy()
+        counts = self._begin(step, every_logit=True)
+        return self._finish(lambda: self._compiled(counts).numpy().copy())
 
     def _begin(self, step: Step, *, every_logit: bool) -> Counts:
         if self._busy:
@@ -66,39 +80,41 @@ class ModelRunner:
         self._busy = True
         return counts
 
-    def _finish(self, counts: Counts) -> NDArray[np.float32]:
-        """(num_logits, vocab_size), valid until the next step."""
+    def _draw_here(self, counts: Counts, draws: Sequence[Draw | None]) -> Sequence[RowResult]:
+        logits = iter(self._finish(lambda: self._compiled(counts).numpy()))
+        return [None if draw is None else self._sampler.sample(next(logits), draw) for draw in draws]
+
+    def _finish(self, wait: Callable[[], T]) -> T:
+        """What the device has computed. The step is over then, one way or the other."""
         try:
-            return self._compiled(counts).numpy()
-        except EngineError:
-            raise
-        except MemoryError as error:
-            raise OutOfMemory("the step ran out of memory") from error
-        except Exception as error:  # whatever a backend raises, the engine is told in its own terms
-            raise Internal(f"the step failed with {type(error).__name__}") from error
+            with _in_our_terms():
+                return wait()
         finally:
             self._busy = False
 
 
 class _PendingStep:
-    """Implements `sequence.PendingStep`: computes and draws when waited for, once."""
+    """Implements `sequence.PendingStep`."""
 
-    def __init__(
-        self,
-        finish: Callable[[Counts], NDArray[np.float32]],
-        sampler: Sampler,
-        counts: Counts,
-        draws: list[Draw | None],
-    ) -> None:
-        self._finish = finish
-        self._sampler = sampler
-        self._counts = counts
-        self._draws = draws
+    def __init__(self, wait: Callable[[], Sequence[RowResult]]) -> None:
+        self._wait = wait
         self._waited = False
 
-    def wait(self) -> list[RowResult]:
+    def wait(self) -> Sequence[RowResult]:
         if self._waited:
             raise Internal("a step was waited for twice")
         self._waited = True
-        logits = iter(self._finish(self._counts))
-        return [None if draw is None else self._sampler.sample(next(logits), draw) for draw in self._draws]
+        return self._wait()
+
+
+@contextmanager
+def _in_our_terms() -> Generator[None]:
+    """Whatever a backend raises, the engine is told as an EngineError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory("the step ran out of memory") from error
+    except Exception as error:
+        raise Internal(f"the step failed with {type(error).__name__}") from error

@@ -22,7 +22,6 @@ from worker_orcd.kernels.backend import (
     AttentionParams,
     BatchInputs,
     CompiledForward,
-    Counts,
     Forward,
     Glu,
     LayerCache,
@@ -31,6 +30,7 @@ from worker_orcd.kernels.backend import (
     RopeParams,
 )
 from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.kernels.cuda.draw_slab import MAX_VOCAB
 from worker_orcd.kernels.cuda.executor import Executor, Launcher
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, pack_experts
 from worker_orcd.kernels.cuda.fuse import ATTENTION_DTYPE, fuse
@@ -58,6 +58,8 @@ from worker_orcd.kernels.cuda.program import (
     Value,
     fresh,
 )
+from worker_orcd.kernels.cuda.sampler import DeviceSampler
+from worker_orcd.kernels.cuda.step import CudaStep, DrawingStep
 from worker_orcd.kernels.cuda.weights import CudaWeight, Uploader
 
 MakeLauncher = Callable[[Kernels, BatchInputs, Limits, Sequence[Operation]], Launcher]
@@ -297,35 +299,26 @@ class CudaBackend:
         operations = fuse(program.operations, result)
         launcher = self._make_launcher(self._kernels, staging.device, limits, operations)
         executor = Executor(operations, result, launcher, staging, limits, self._kernels, graphs=self._graphs)
-        if self._device.type == "cuda":
-            with torch.inference_mode():
-                executor.warm(_nobody_watches)
-        return CudaStep(executor, self._device)
+        if self._device.type != "cuda":
+            return CudaStep(executor, self._device)
+        sampler = None
+        with torch.inference_mode():
+            if result.width <= MAX_VOCAB:
+                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows)
+            executor.warm(_nobody_watches, sampler)
+        return (
+            CudaStep(executor, self._device)
+            if sampler is None
+            else DrawingStep(executor, self._device, sampler)
+        )
 
     def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
         activations = 6 * limits.max_tokens * (widest + 64)
-        return 4 * (activations + 2 * limits.max_rows * (vocab_size + 64)) + _SCRATCH_BYTES
+        draws = DeviceSampler.device_bytes(vocab_size, limits.max_rows)
+        return 4 * (activations + 2 * limits.max_rows * (vocab_size + 64)) + draws + _SCRATCH_BYTES
 
     def close(self) -> None:
         """Nothing is held but memory, which goes with the backend and the steps it compiled."""
-
-
-class CudaStep:
-    """A compiled forward pass."""
-
-    def __init__(self, executor: Executor, device: torch.device) -> None:
-        self.executor, self._device = executor, device
-
-    def __call__(self, counts: Counts) -> torch.Tensor:
-        if self._device.type != "cuda":
-            with torch.inference_mode():
-                return self.executor.start(counts).cpu()
-        # A thread has a current device of its own, and the one that computes is not the one that loaded.
-        with torch.inference_mode(), torch.cuda.device(self._device):
-            logits = self.executor.start(counts).cpu()
-            # A copy of nothing waits for nothing; and until the step is over, its inputs must stay.
-            torch.cuda.current_stream().synchronize()
-            return logits
 
 
 def missing_for_cuda() -> str | None:

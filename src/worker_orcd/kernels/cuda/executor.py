@@ -17,6 +17,7 @@ from worker_orcd.kernels.backend import Counts, Limits
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.inputs import Bucket, Staging
 from worker_orcd.kernels.cuda.program import Buffer, Operation, Rows, Value
+from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.placement import Lifetime
 
 ALIGNMENT = 256  # bytes, of every buffer
@@ -153,15 +154,22 @@ class Executor:
                 launch()
         return self._arena.view(self._result, bucket)[: counts.num_logits]
 
-    def warm(self, on_progress: Callable[[int, int], None]) -> None:
-        """Compile every kernel and make every bucket ready, the largest first. `on_progress(done, all)`."""
+    def warm(self, on_progress: Callable[[int, int], None], sampler: DeviceSampler | None = None) -> None:
+        """Compile every kernel and make every bucket ready, the largest first. `on_progress(done, all)`.
+
+        With `sampler`: its kernels for these logits too.
+        """
 
         def launch_all() -> None:
             for bucket in self.buckets:
                 for launch in self._of(bucket):
                     launch()
+            if sampler is not None:
+                sampler.launch_all(self._arena.view(self._result, self.buckets[0]))
 
         self._kernels.compile_all(self._kernels.collect(launch_all), on_progress)
+        if sampler is not None:  # kernels are loaded onto the device at their first launch
+            sampler.launch_all(self._arena.view(self._result, self.buckets[0]))
         if self._use_graphs:
             for bucket in reversed(self.buckets):
                 self._graph(bucket)

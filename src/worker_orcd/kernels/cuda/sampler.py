@@ -227,6 +227,11 @@ class DeviceSampler:
         if wanted.adjusts or wanted.logprobs:
             self._run("finish", by_row, logits)
 
+    def launch_all(self, logits: torch.Tensor) -> None:
+        """Every kernel once, while nothing is drawn: to compile them, or load them onto the device."""
+        for filters in (False, True):
+            self.launch(logits, Wanted(adjusts=True, filters=filters, logprobs=True))
+
     def _name_arguments(self) -> None:
         """Which arrays each kernel is given, beside the logits."""
         slab, views = self._slab, self._views

@@ -1,0 +1,78 @@
+"""A compiled forward pass on a GPU, and the draws of its tokens behind it on the same stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from worker_orcd.errors import DeviceError, OutOfMemory
+from worker_orcd.kernels.backend import Counts
+from worker_orcd.kernels.cuda.executor import Executor
+from worker_orcd.kernels.cuda.sampler import DeviceSampler
+from worker_orcd.kernels.draw import Draw
+from worker_orcd.sequence import RowResult
+
+
+class CudaStep:
+    """Implements `kernels.backend.CompiledForward`."""
+
+    def __init__(self, executor: Executor, device: torch.device) -> None:
+        self.executor, self._device = executor, device
+
+    def __call__(self, counts: Counts) -> torch.Tensor:
+        if self._device.type != "cuda":
+            with torch.inference_mode():
+                return self.executor.start(counts).cpu()
+        with on_device(self._device):
+            logits = self.executor.start(counts).cpu()
+            # A copy of nothing waits for nothing; and until the step is over, its inputs must stay.
+            torch.cuda.current_stream().synchronize()
+            return logits
+
+
+class DrawingStep(CudaStep):
+    """Implements `kernels.backend.DrawingForward`: logits stay on the device, tokens come back."""
+
+    def __init__(self, executor: Executor, device: torch.device, sampler: DeviceSampler) -> None:
+        super().__init__(executor, device)
+        self._sampler = sampler
+
+    def launch(self, counts: Counts, draws: Sequence[Draw | None]) -> Callable[[], Sequence[RowResult]]:
+        with on_device(self._device):
+            try:
+                self._start(counts, draws)
+            except BaseException:
+                torch.cuda.current_stream().synchronize()  # what was queued must not outlive the step
+                raise
+        return self._results
+
+    def _start(self, counts: Counts, draws: Sequence[Draw | None]) -> None:
+        # The forward pass first: what is told of the draws is written while the device computes.
+        logits = self.executor.start(counts)
+        wanted = self._sampler.prepare(draws)
+        self._sampler.upload()
+        if len(logits):
+            self._sampler.launch(logits, wanted)
+        self._sampler.download()
+
+    def _results(self) -> Sequence[RowResult]:
+        with on_device(self._device):
+            return self._sampler.results()
+
+
+@contextmanager
+def on_device(device: torch.device) -> Generator[None]:
+    """Launches go to this GPU, and its errors are told as `errors` names them.
+
+    A thread has a current device of its own, and the one that computes is not the one that loaded.
+    """
+    try:
+        with torch.inference_mode(), torch.cuda.device(device):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemory("the GPU has no memory left for this step") from error
+    except torch.AcceleratorError as error:
+        # Sticky: a context in which a kernel failed gives the same error to whatever is called next.
+        raise DeviceError("the GPU reported an error and cannot be used any more") from error
