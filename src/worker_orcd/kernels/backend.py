@@ -13,7 +13,7 @@ token's prefix, bit for bit. Neighbours in the batch, chunking and the place in 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -145,12 +145,13 @@ class CompiledForward(Protocol):
 class DrawingForward(CompiledForward, Protocol):
     """Of a device that also draws the tokens, so that logits need not be copied from it."""
 
-    def launch(self, counts: Counts, draws: Sequence[Draw | None]) -> Callable[[], Sequence[RowResult]]:
+    def launch(self, counts: Counts, draws: Iterable[Draw | None]) -> Callable[[], Sequence[RowResult]]:
         """Start a step on what the input buffers hold, without waiting for it, and the draws of its rows.
 
-        `draws` has an entry a row, None where it does not sample. What is returned waits and gives the
-        results, an entry a row, once; until then nothing else may be launched. Both raise EngineError, and
-        then the device does no more for the step.
+        `draws` has an entry a row, None where it does not sample. It is iterated over once the device
+        computes, so that making them takes none of its time. What is returned waits and gives the results,
+        an entry a row, once; until then nothing else may be launched. Both raise EngineError, and then the
+        device does no more for the step.
         """
         ...
 

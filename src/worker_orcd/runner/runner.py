@@ -53,10 +53,11 @@ class ModelRunner:
     def launch(self, step: Step) -> PendingStep:
         """Copy what the step needs; its sequences may change afterwards. Raises EngineError."""
         counts = self._begin(step, every_logit=False)
-        draws = [Draw.of(row.sequence) if row.samples else None for row in step.rows]
+        draws = (Draw.of(row.sequence) if row.samples else None for row in step.rows)
         compiled = self._compiled
         if not isinstance(compiled, DrawingForward):
-            return _PendingStep(lambda: self._draw_here(counts, draws))
+            made = list(draws)
+            return _PendingStep(lambda: self._draw_here(counts, made))
         try:
             with _in_our_terms():
                 results = compiled.launch(counts, draws)

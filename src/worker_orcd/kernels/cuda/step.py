@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,7 @@ class DrawingStep(CudaStep):
         super().__init__(executor, device)
         self._sampler = sampler
 
-    def launch(self, counts: Counts, draws: Sequence[Draw | None]) -> Callable[[], Sequence[RowResult]]:
+    def launch(self, counts: Counts, draws: Iterable[Draw | None]) -> Callable[[], Sequence[RowResult]]:
         with on_device(self._device):
             try:
                 self._start(counts, draws)
@@ -48,10 +48,10 @@ class DrawingStep(CudaStep):
                 raise
         return self._results
 
-    def _start(self, counts: Counts, draws: Sequence[Draw | None]) -> None:
-        # The forward pass first: what is told of the draws is written while the device computes.
+    def _start(self, counts: Counts, draws: Iterable[Draw | None]) -> None:
+        # The forward pass first: the draws are made and written down while the device computes.
         logits = self.executor.start(counts)
-        wanted = self._sampler.prepare(draws)
+        wanted = self._sampler.prepare(list(draws))
         self._sampler.upload()
         if len(logits):
             self._sampler.launch(logits, wanted)
