@@ -58,6 +58,17 @@ def test_the_description_says_what_was_chosen(activations, kv, said, make_native
     assert make_native(cpu_activations=activations, kv_cache_dtype=kv).description.endswith(said)
 
 
+def test_who_waits_is_told_whose_kernels_are_compiled(library):
+    told: list[tuple[str, int, int]] = []
+
+    def load(*, on_compile):
+        on_compile()
+        return library
+
+    select_backend(DeviceConfig(device="cpu"), pytest.fail, load, lambda *of: told.append(of))
+    assert told == [("CPU", 0, 1)]
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(InvalidConfiguration, match=r"device is cuda; torch finds no CUDA device"):
         select_backend(DeviceConfig(device="cuda"), pytest.fail, _unavailable)

@@ -21,7 +21,7 @@ from worker_orcd.gguf.kind import quant_kind
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.hub import Progress
 from worker_orcd.kernels.backend import Backend
-from worker_orcd.kernels.select import select_backend
+from worker_orcd.kernels.select import OnCompile, select_backend
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
@@ -90,7 +90,8 @@ def load(
 
     `on_progress(stage, done, total)` is told of bytes, on this thread and while downloading on a library's;
     the stages are those of `hub.resolve`, "checking SHA-256" where asked for, "compiling the CPU kernels"
-    where that has not been done yet (it begins; how far it is nobody knows), then "loading weights".
+    where that has not been done yet (it begins; how far it is nobody knows), "loading weights", and where the
+    model runs on a GPU "compiling the GPU kernels", counted in kernels.
     `on_plan` is told, on this thread, what the model will take before any of it is taken.
     """
     report = on_progress or _silent
@@ -108,7 +109,11 @@ def load(
         model = configure(file)
         read = clock.lap()
         words = undo.enter_context(BackgroundWords(config, file, model.vocab_size))
-        backend = _backend(config.device, warn, lambda: report("compiling the CPU kernels", 0, 1))
+
+        def on_compile(whose: str, done: int, total: int) -> None:
+            report(f"compiling the {whose} kernels", done, total)
+
+        backend = _backend(config.device, warn, on_compile)
         undo.callback(backend.close)
         plan = _plan(file, model, backend, config.engine, config.device)
         if on_plan is not None:
@@ -151,7 +156,7 @@ def load(
 
 def plan_memory(file: GGUFFile, config: WorkerConfig) -> MemoryPlan:
     """What serving this file would take on this machine now. Loads no weights. Raises LoadError."""
-    backend = _backend(config.device, _no_warning, lambda: None)
+    backend = _backend(config.device, _no_warning, _silent)
     try:
         return _plan(file, configure(file), backend, config.engine, config.device)
     finally:
@@ -194,7 +199,7 @@ class _Clock:
         return self._last - last
 
 
-def _backend(device: DeviceConfig, warn: Warn, on_compile: Callable[[], None]) -> Backend:
+def _backend(device: DeviceConfig, warn: Warn, on_compile: OnCompile) -> Backend:
     backend = select_backend(device, warn, on_compile=on_compile)
     if device.gpu_index and backend.name != "cuda":
         backend.close()

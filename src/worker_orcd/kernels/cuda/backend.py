@@ -63,10 +63,15 @@ from worker_orcd.kernels.cuda.step import CudaStep, DrawingStep
 from worker_orcd.kernels.cuda.weights import CudaWeight, Uploader
 
 MakeLauncher = Callable[[Kernels, BatchInputs, Limits, Sequence[Operation]], Launcher]
+OnCompile = Callable[[int, int], None]
 
 OLDEST = 80  # compute capability
 _BLOCK_MULTIPLE = 16  # tokens
 _SCRATCH_BYTES = 256 << 20  # parts of split products and of split attention, graphs, loaded code
+
+
+def _nobody_watches(_done: int, _all: int) -> None:
+    """Kernels are compiled."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -87,8 +92,15 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(
-        self, kernels: Kernels, make_launcher: MakeLauncher = KernelLauncher, *, graphs: bool = True
+        self,
+        kernels: Kernels,
+        make_launcher: MakeLauncher = KernelLauncher,
+        *,
+        graphs: bool = True,
+        on_compile: OnCompile = _nobody_watches,
     ) -> None:
+        """`on_compile(done, all)` is told of kernels that `compile` finds in no cache."""
+        self._on_compile = on_compile
         self._kernels, self._make_launcher = kernels, make_launcher
         self._device = kernels.device
         self._graphs = graphs
@@ -305,7 +317,7 @@ class CudaBackend:
         with torch.inference_mode():
             if result.width <= MAX_VOCAB:
                 sampler = DeviceSampler(self._kernels, result.width, limits.max_rows)
-            executor.warm(_nobody_watches, sampler)
+            executor.warm(self._on_compile, sampler)
         return (
             CudaStep(executor, self._device)
             if sampler is None
@@ -330,7 +342,7 @@ def missing_for_cuda() -> str | None:
     return None
 
 
-def open_cuda(config: DeviceConfig) -> CudaBackend:
+def open_cuda(config: DeviceConfig, on_compile: OnCompile) -> CudaBackend:
     """The backend on the GPU that `config` names. Raises InvalidConfiguration saying what is missing."""
     missing = missing_for_cuda()
     if missing is not None:
@@ -348,7 +360,7 @@ def open_cuda(config: DeviceConfig) -> CudaBackend:
         raise InvalidConfiguration(
             f"the GPU has compute capability {major}.{minor}; 8.0 is the oldest that works"
         )
-    return CudaBackend(Kernels(device, capability))
+    return CudaBackend(Kernels(device, capability), on_compile=on_compile)
 
 
 def _description(kernels: Kernels) -> str:
@@ -356,10 +368,6 @@ def _description(kernels: Kernels) -> str:
     if kernels.device.type != "cuda":
         return f"no device, {capability}"
     return f"{torch.cuda.get_device_name(kernels.device)}, {capability}, float16 KV cache"
-
-
-def _nobody_watches(_done: int, _all: int) -> None:
-    """Kernels are compiled."""
 
 
 def _check_width(value: Value, width: int, operation: str) -> None:
