@@ -220,7 +220,7 @@ def paged(tile, BLOCK_SIZE: tl.constexpr):
     key = tl.arange(0, KEYS)
     if KEYS % BLOCK_SIZE == 0:
         return tile * (KEYS // BLOCK_SIZE) + key // BLOCK_SIZE, key % BLOCK_SIZE
-    elif BLOCK_SIZE % KEYS == 0:
+    elif BLOCK_SIZE // KEYS * KEYS == BLOCK_SIZE:
         return tile // (BLOCK_SIZE // KEYS) + key * 0, tile % (BLOCK_SIZE // KEYS) * KEYS + key
     else:
         return (tile * KEYS + key) // BLOCK_SIZE, (tile * KEYS + key) % BLOCK_SIZE
