@@ -95,6 +95,7 @@ def splits_change_nothing() -> int:
 CASES = {
     "mixed": lambda: case(params(6, 2, 16), [(0, 70), (200, 1), (5, 3), (0, 1), (300, 9)]),
     "whole": lambda: case(params(3, 1, 32), [(400, 1), (10, 2)], splitting=1e9),
+    "nothing left": lambda: case(params(2, 1, 16, 130), [(192, 260)]),
     "pieces": lambda: case(params(2, 2, 96), [(150, 2), (0, 40)], block_size=64),
     "wide": lambda: case(params(2, 1, 256), [(300, 1)], block_size=48),
     "window": lambda: case(params(4, 1, 16, 100), [(500, 1), (0, 150), (60, 30)], sinks=True),

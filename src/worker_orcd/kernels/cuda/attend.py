@@ -40,8 +40,8 @@ class Tile:
 def choose_tile(head_dim: int, tokens: int, capability: int = 90) -> Tile:
     """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0)."""
     if capability < 90:
-        rows = 128 if head_dim == _WIDEST else 64
-        return Tile(rows=rows, warps=rows // 16, stages=3 if head_dim <= 64 else 2, programs=128 // rows)
+        warps = 4 if head_dim < _WIDEST else 8  # whose registers hold what wide heads need
+        return Tile(rows=64, warps=warps, stages=3 if head_dim <= 64 else 2, programs=8 // warps)
     if head_dim > _WIDEST or tokens > FEW_TOKENS:
         return Tile(rows=128, warps=8, stages=3 if head_dim <= 64 else 2, programs=1)
     return Tile(rows=64, warps=4, stages=3 if head_dim <= 64 else 2, programs=2)

@@ -221,7 +221,7 @@ def paged(tile, BLOCK_SIZE: tl.constexpr):
     if KEYS % BLOCK_SIZE == 0:
         return tile * (KEYS // BLOCK_SIZE) + key // BLOCK_SIZE, key % BLOCK_SIZE
     elif BLOCK_SIZE // KEYS * KEYS == BLOCK_SIZE:
-        return tile // (BLOCK_SIZE // KEYS) + key * 0, tile % (BLOCK_SIZE // KEYS) * KEYS + key
+        return tile // (BLOCK_SIZE // KEYS) + key * 0, tile * KEYS % BLOCK_SIZE + key
     else:
         return (tile * KEYS + key) // BLOCK_SIZE, (tile * KEYS + key) % BLOCK_SIZE
 
