@@ -1,123 +1,217 @@
 """
-Attention on a GPU, compared with float64: mixed rows, split rows, windows, sinks, every kind of head.
+Attention on a GPU: right, the same bits however rows are batched and cut, and how fast.
 
-    python benchmarks/gpu_attention.py
+    python benchmarks/gpu_attention.py                      # checks and figures, about a minute
+    python benchmarks/gpu_attention.py --only correct same
+    python benchmarks/gpu_attention.py --only tune          # what planning should take units to cost
 
-Prints a line a case: how far off it is, whether every counter is zero again, and whether what is no query of
-a row was left alone. Exits with 1 if a case is wrong. `gpu_model.py` compares bits.
+Needs a GPU, torch, triton and numpy, and no network. Each part is run twice: first without launching, to
+know its kernels, which are then compiled by many processes. Checks are against float64: mixed rows, split
+rows, windows, sinks, every kind of head, and that counters are zero again and that what is no query of a row
+is left alone. Then rows alone against the same rows in batches and in chunks, on programs of every size, cut
+as finely as can be and not at all, bit for bit. Then times: of single queries beside the bandwidth of a
+device copy in the same run (bytes are of the keys and values that they see), of prompts in TFLOP/s. All of it
+goes to a JSON file as it comes; the lines are printed again last. Ends with 1 if a check failed.
+`gpu_model.py` compares the bits of whole models.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
-from worker_orcd.kernels.cuda.attend import Attention
-from worker_orcd.kernels.cuda.compiler import Kernels
+from gpu_attention_steps import Step, exact, head_params, random_step
+from gpu_attention_times import measure, tune
+from gpu_session import Session
+from worker_orcd.kernels.backend import AttentionParams, Limits
+from worker_orcd.kernels.cuda.attend import Attention, Tile, choose_tile
 
-BLOCK_SIZE = 16
+Rows = list[tuple[int, int]]  # tokens in the cache already, and queries
 
+# -- right -------------------------------------------------------------------------------------------------
 
-def exact(
-    q: torch.Tensor, cache: torch.Tensor, table: list[int], start: int, params: AttentionParams,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """(tokens, num_heads * head_dim) float64 of one row whose first query is at `start`."""
-    blocks = torch.tensor(table, device="cuda")
-    k, v = (side[blocks].transpose(1, 2).flatten(0, 1).double() for side in cache)
-    out = []
-    for index, one in enumerate(q):
-        position = start + index
-        first = 0 if params.window is None else max(0, position - params.window + 1)
-        heads = one.double().view(params.num_kv_heads, -1, params.head_dim)
-        scores = torch.einsum("hgd,khd->hgk", heads, k[first : position + 1]) * params.scale
-        if sinks is not None:
-            scores = torch.cat((scores, sinks.double().view(params.num_kv_heads, -1, 1)), dim=2)
-        weights = scores.softmax(dim=2)[..., : position + 1 - first]
-        out.append(torch.einsum("hgk,khd->hgd", weights, v[first : position + 1]).flatten())
-    return torch.stack(out)
-
-
-def case(params: AttentionParams, rows: list[tuple[int, int]], *, sinks: bool = False) -> dict[str, float]:
-    """`rows`: how many tokens each row has in the cache already, and how many queries."""
-    generator = torch.Generator("cuda").manual_seed(len(rows) + params.head_dim)
-    tokens = sum(count for _, count in rows)
-    blocks = [-(-(before + count) // BLOCK_SIZE) for before, count in rows]
-    limits = Limits(
-        max_tokens=tokens + 3, max_rows=len(rows) + 2, max_blocks_per_row=max(blocks), block_size=BLOCK_SIZE
-    )
-    shape = 2, 1 + sum(blocks), params.num_kv_heads, BLOCK_SIZE, params.head_dim
-    cache = torch.randn(shape, generator=generator, device="cuda").half()
-    tables = torch.zeros(1, limits.max_rows, limits.max_blocks_per_row, dtype=torch.int32)
-    order = (1 + torch.randperm(sum(blocks))).tolist()
-    own: list[list[int]] = []
-    for row, count in enumerate(blocks):
-        own.append(order[:count])
-        order = order[count:]
-        tables[0, row, :count] = torch.tensor(own[-1])
-    starts, contexts = [0], []
-    for before, count in rows:
-        starts.append(starts[-1] + count)
-        contexts.append(before + count)
-    starts += [tokens] * 2
-    nothing = torch.zeros(0, dtype=torch.int32)
-    inputs = BatchInputs(
-        token_ids=nothing, positions=nothing, slots=nothing, logit_tokens=nothing,
-        query_start=torch.tensor(starts, dtype=torch.int32, device="cuda"),
-        context_lens=torch.tensor([*contexts, 0, 0], dtype=torch.int32, device="cuda"),
-        block_tables=tables.cuda(),
-    )  # fmt: skip
-    layer = LayerCache(cache)
-    own_sinks = torch.randn(params.num_heads, generator=generator, device="cuda") if sinks else None
-    q = torch.randn(tokens + 3, params.num_heads * params.head_dim, generator=generator, device="cuda").half()
-    out = torch.full(q.shape, torch.nan, device="cuda")
-    major, minor = torch.cuda.get_device_capability()
-    run = Attention(Kernels(torch.device("cuda"), 10 * major + minor), limits)
-    run.reserve(params)
-    for plan in run.plans(inputs, len(q)):
-        plan()
-    run.run(q, layer, inputs, out, params, own_sinks)
-    wanted = torch.cat(
-        [
-            exact(q[first : first + count], cache, own[row], before, params, own_sinks)
-            for row, ((before, count), first) in enumerate(zip(rows, starts, strict=False))
-        ]
-    )
-    error = float((out[:tokens].double() - wanted).norm() / wanted.norm())
-    untouched = bool(out[tokens:].isnan().all())
-    return {"error": error, "counters": int(run._counters.abs().sum()), "untouched": untouched}
-
-
-def params(heads: int, kv_heads: int, dim: int, window: int | None = None) -> AttentionParams:
-    return AttentionParams(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5, window=window
-    )
-
-
-MIXED = [(0, 70), (200, 1), (5, 3), (0, 1), (300, 9)]
-CASES = {
-    "mixed rows": lambda: case(params(6, 2, 16), MIXED),
-    "one long row": lambda: case(params(2, 1, 32), [(5000, 1)]),
-    "a very long row": lambda: case(params(8, 2, 64), [(60000, 1)]),
-    "a long prompt": lambda: case(params(14, 2, 64), [(0, 1500)]),
-    "a chunk of a prompt": lambda: case(params(32, 8, 128), [(700, 300), (20, 1)]),
-    "two pieces of a head": lambda: case(params(32, 32, 96), [(150, 2), (0, 400), (900, 1)]),
-    "wide heads": lambda: case(params(4, 1, 256), [(100, 1), (0, 300)]),
-    "heads of 80": lambda: case(params(4, 4, 80), [(100, 1), (0, 30)]),
-    "window and sinks": lambda: case(params(64, 8, 64, 128), MIXED, sinks=True),
-    "a long window": lambda: case(params(2, 1, 16, 400), [(900, 1), (0, 600)]),
-    "more units than programs": lambda: case(params(64, 8, 64), [(0, 256)]),
-    "many rows": lambda: case(params(14, 2, 64), [(index * 7, 1) for index in range(200)]),
+MIXED: Rows = [(0, 70), (200, 1), (5, 3), (0, 1), (300, 9)]
+MANY: Rows = [(index * 7, 1) for index in range(200)]
+CASES: dict[str, tuple[AttentionParams, Rows, bool, int]] = {  # with sinks or not, tokens of a block
+    "mixed rows": (head_params(6, 2, 16), MIXED, False, 16),
+    "blocks of 32": (head_params(6, 2, 64), MIXED, False, 32),
+    "blocks of 64": (head_params(6, 2, 64), MIXED, False, 64),
+    "blocks of 48": (head_params(6, 2, 64), MIXED, False, 48),
+    "one long row": (head_params(2, 1, 32), [(5000, 1)], False, 16),
+    "a very long row": (head_params(8, 2, 64), [(60000, 1)], False, 16),
+    "long rows of some queries": (head_params(14, 2, 64), [(9000, 7), (3000, 1), (0, 0), (0, 20)], False, 16),
+    "a long prompt": (head_params(14, 2, 64), [(0, 1500)], False, 16),
+    "a chunk of a prompt": (head_params(32, 8, 128), [(700, 300), (20, 1)], False, 16),
+    "two pieces of a head": (head_params(32, 32, 96), [(150, 2), (0, 400), (900, 1)], False, 16),
+    "wide heads": (head_params(4, 1, 256), [(100, 1), (0, 300)], False, 16),
+    "wide heads, few queries": (head_params(4, 1, 256, 512), [(1000, 1), (0, 30)], False, 16),
+    "heads of 80": (head_params(4, 4, 80), [(100, 1), (0, 30)], False, 16),
+    "window and sinks": (head_params(64, 8, 64, 128), MIXED, True, 16),
+    "window, sinks, many rows": (head_params(64, 8, 64, 128), MANY, True, 16),
+    "sinks, long rows": (head_params(64, 8, 64), [(4000, 1), (2500, 2)], True, 16),
+    "a long window": (head_params(2, 1, 16, 400), [(900, 1), (0, 600)], False, 16),
+    "a chunk under a window": (head_params(2, 1, 64, 2047), [(5000, 200), (130, 1)], False, 16),
+    "more units than programs": (head_params(64, 8, 64), [(0, 256)], False, 16),
+    "many rows": (head_params(14, 2, 64), MANY, False, 16),
 }
 
+
+def check_correct(session: Session) -> None:
+    found: dict[str, dict[str, float]] = {}
+    for name, (params, rows, sinks, block_size) in CASES.items():
+        step = random_step(params, rows, session.device, block_size=block_size)
+        attention = Attention(session.kernels, step.limits)
+        attention.reserve(params)
+        out = step.run(attention, step.limits, sinks=sinks)
+        if session.recording:
+            continue
+        wanted = exact(step, sinks=sinks)
+        tokens = len(wanted)
+        one = {
+            "error": float((out[:tokens].double() - wanted).norm() / wanted.norm()),
+            "counters": int(attention._counters.abs().sum()),
+            "touched": int((~out[tokens:].isnan()).sum()),
+        }
+        ok = 0 < one["error"] < 1e-3 and not one["counters"] and not one["touched"]
+        found[name] = one
+        session.save("correct", found)
+        (session.say if ok else session.fail)(f"{'' if ok else 'WRONG '}{name:26} {one}")
+
+
+# -- the same ----------------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[AttentionParams, bool]] = {
+    "14 / 2 heads of 64": (head_params(14, 2, 64), False),
+    "64 / 8 of 64, sinks": (head_params(64, 8, 64), True),
+    "64 / 8 of 64, window 128, sinks": (head_params(64, 8, 64, 128), True),
+    "32 / 32 of 96": (head_params(32, 32, 96), False),
+    "32 / 8 of 128": (head_params(32, 8, 128), False),
+    "4 / 1 of 256, window 512": (head_params(4, 1, 256, 512), False),
+}
+LONG: Rows = [(0, 600), (2900, 90), (700, 65)]
+SHORT: Rows = [(index * 97 % 5000, 1) for index in range(40)]
+CHUNKS = (1, 7, 64, 333)
+BATCHES = (1, 2, 5, 16, 40)
+Alone = dict[int, tuple[int, torch.Tensor]]  # by a row's first block: position of the first query, results
+
+
+def half(head_dim: int, tokens: int, capability: int) -> Tile:
+    """Tiles of the other size."""
+    tile = choose_tile(head_dim, tokens, capability)
+    if head_dim > 128 or capability < 90:
+        return tile
+    rows = 192 - tile.rows
+    return Tile(rows=rows, warps=rows // 16, stages=tile.stages, programs=128 // rows)
+
+
+def ways(session: Session, params: AttentionParams, limits: Limits) -> dict[str, Attention]:
+    """How a step may be cut up."""
+    found = {
+        "as shipped": Attention(session.kernels, limits),
+        "rows whole": Attention(session.kernels, limits, splitting=1e9),
+        "rows in many parts": Attention(session.kernels, limits, start=0.0, splitting=0.0),
+        "other tiles": Attention(session.kernels, limits, choose=half),
+    }
+    for attention in found.values():
+        attention.reserve(params)
+    return found
+
+
+def trials(step: Step) -> dict[str, list[Step]]:
+    """Steps that have every query, or some rows, of `step`. Of each: which rows, first query, how many."""
+    rows = [(row, 0, count) for row, (_, count) in enumerate(step.rows)]
+    found = {"all at once": [step.part(rows)], "backwards": [step.part(rows[::-1])]}
+    for size in CHUNKS:
+        chunks = [
+            (row, first, min(size, count - first))
+            for row, _, count in rows
+            for first in range(0, count, size)
+        ]
+        if size == 1:  # every 40th of the prompts'
+            chunks = chunks[::40] + rows[len(LONG) :]
+        together = 8 if size < 64 else 3
+        found[f"chunks of {size}"] = [
+            step.part(chunks[first : first + together]) for first in range(0, len(chunks), 3 * together)
+        ]
+    for size in BATCHES:
+        order = torch.randperm(len(SHORT), generator=torch.Generator().manual_seed(size))[:size].tolist()
+        found[f"batch of {size}"] = [step.part([rows[len(LONG) + row] for row in order])]
+        found[f"batch of {size} and a chunk"] = [
+            step.part([*(rows[len(LONG) + row] for row in order), (0, 300, 300)])
+        ]
+    return found
+
+
+def check_same(session: Session) -> None:
+    found: dict[str, Any] = {}
+    for name, (params, sinks) in KINDS.items():
+        step = random_step(params, LONG + SHORT, session.device)
+        limits = step.limits
+        alone: Alone = {}
+        cut = ways(session, params, limits)
+        for row, (before, count) in enumerate(step.rows):
+            one = step.part([(row, 0, count)])
+            alone[one.tables[0][0]] = before, one.run(cut["as shipped"], limits, sinks=sinks)
+        compared, differing = 0, 0
+        for trial, steps in trials(step).items():
+            for way, attention in cut.items():
+                bad = 0
+                for one in steps:
+                    out = one.run(attention, limits, sinks=sinks)
+                    if not session.recording:
+                        words, wrong = compare(alone, one, out)
+                        compared, bad = compared + words, bad + wrong
+                differing += bad
+                if bad:
+                    session.fail(f"DIFFERS {name}, {trial}, {way}: {bad} words")
+        found[name] = {"compared": compared, "differing": differing}
+        session.save("same", found)
+        session.say(f"{name:32} {found[name]}")
+
+
+def compare(alone: Alone, step: Step, out: torch.Tensor) -> tuple[int, int]:
+    """Words of the step's queries, and how many of them are others than of the row alone."""
+    starts, words, wrong = step.starts(), 0, torch.zeros((), dtype=torch.int64, device=out.device)
+    for row, (before, count) in enumerate(step.rows):
+        first, own = alone[step.tables[row][0]]
+        wanted, got = own[before - first :][:count], out[starts[row] :][:count]
+        wrong += (wanted.view(torch.int32) != got.view(torch.int32)).sum()
+        words += got.numel()
+    return words, int(wrong)
+
+
+PARTS: dict[str, Callable[[Session], None]] = {
+    "correct": check_correct,
+    "same": check_same,
+    "fast": measure,
+    "tune": tune,
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=["correct", "same", "fast"])
+    parser.add_argument("--out", type=Path, default=Path("gpu_attention.json"))
+    parser.add_argument("--commit", help="default: ask git")
+    return parser.parse_args()
+
+
+def main() -> None:
+    session = Session(arguments())
+    session.say(str(session.results["stamp"]))
+    for part in session.args.only:
+        session.run(PARTS[part])
+    print("\n" + "\n".join(session.lines))
+    print(f"{session.failures} failures; {session.args.out}")
+    sys.exit(1 if session.failures else 0)
+
+
 if __name__ == "__main__":
-    wrong = 0
-    for name, run in CASES.items():
-        found = run()
-        ok = 0 < found["error"] < 1e-3 and not found["counters"] and bool(found["untouched"])
-        wrong += not ok
-        print(f"{name:24} {found} {'' if ok else '<-- WRONG'}", flush=True)
-    print(f"{wrong} of {len(CASES)} wrong")
-    sys.exit(bool(wrong))
+    main()

@@ -1,7 +1,6 @@
-"""Attention without a GPU: no spills, one order of sums, and what launches are made of.
+"""Attention without a GPU: right under Triton's interpreter, no spills, one order of sums, and its launches.
 
-The numbers are checked on a GPU, by benchmarks/gpu_attention.py: Triton's interpreter has no loops over what
-was loaded.
+That a GPU's bits do not depend on tiles and cuts is for benchmarks/gpu_attention.py to show.
 """
 
 from __future__ import annotations
@@ -11,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+import under_interpreter
 
 from gpu_codegen import assembled
 from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
-from worker_orcd.kernels.cuda.attend import CAPACITY, Attention, Cut, attend_kernel, halves
+from worker_orcd.kernels.cuda.attend import (
+    CAPACITY,
+    FEW_TOKENS,
+    Attention,
+    Cut,
+    attend_kernel,
+    choose_tile,
+    halves,
+)
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels, compile_kernel
 
 CPU = torch.device("cpu")
-SPILLED = {
-    (90, 256): 128,
-    (89, 128): 256,
-}  # bytes, by capability and head: wide heads are too much for 64 rows
+SPILLED = {(80, 256): 8}  # bytes, by capability and head
 LIMITS = Limits(max_tokens=300, max_rows=8, max_blocks_per_row=20, block_size=16)
 
 
@@ -29,17 +34,48 @@ def params(heads: int, kv_heads: int, dim: int, window: int | None = None) -> At
     return AttentionParams(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.1, window=window)
 
 
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """What `interpreted_attention.py` prints."""
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    return under_interpreter.run("interpreted_attention.py")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capability", "shape", "rows"),
+    ("name", "units"),
     [
-        (90, (32, 32, 96), 64), (90, (32, 32, 96), 128), (90, (14, 2, 64), 64), (90, (64, 8, 64, 128), 128),
-        (90, (4, 1, 256), 64), (80, (14, 2, 64), 64), (89, (32, 8, 128), 64),
+        ("mixed", 10), ("whole", 5), ("nothing left", 3), ("pieces", 3), ("wide", 3), ("window", 13),
+        ("long window", 6), ("many heads", 2),
     ],
 )  # fmt: skip
-def test_the_compiler_spills_nothing(capability: int, shape: tuple[int, ...], rows: int) -> None:
+def test_attention_equals_float64(interpreted: dict[str, Any], name: str, units: int) -> None:
+    found = interpreted[name]
+    assert 0 < found["error"] < 3e-4
+    assert found["units"] == units
+    assert found["counters"] == found["touched"] == 0
+
+
+@pytest.mark.slow
+def test_a_split_row_has_the_bits_of_a_whole_one(interpreted: dict[str, Any]) -> None:
+    assert interpreted["differ"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "shape", "tokens"),
+    [
+        (90, (32, 32, 96), 1), (90, (32, 32, 96), 512), (90, (14, 2, 64), 1), (90, (64, 8, 64, 128), 512),
+        (90, (64, 8, 64, 128), 1), (90, (4, 1, 256), 1), (80, (14, 2, 64), 1), (80, (4, 1, 256), 1),
+        (89, (32, 8, 128), 1),
+    ],
+)  # fmt: skip
+def test_the_compiler_spills_nothing(capability: int, shape: tuple[int, ...], tokens: int) -> None:
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    kernel = attend_kernel(Cut(params(*shape), rows), 16, torch.float16, torch.float16, sinks=False)
+    tile = choose_tile(shape[2], tokens, capability)
+    windowed = len(shape) > 3
+    cut = Cut(params(*shape), tile.rows)
+    kernel = attend_kernel(cut, tile, 16, torch.float16, torch.float16, sinks=windowed)
     compiled = compile_kernel(kernel, capability)
     ptx: str = compiled.asm["ptx"]
     if capability == 90:
@@ -103,6 +139,38 @@ def test_a_launch_depends_on_the_bucket_alone(tokens: int, rows: int) -> None:
     assert named["values"] == 4 * 2 * 16 * 64 and named["block_stride"] == 2 * 16 * 64
     with pytest.raises(ValueError, match=r"queries of torch\.float32"):
         attention.run(q.float(), cache, inputs(), out, kind, None)
+
+
+def test_rows_of_a_tile_follow_from_the_head_and_the_step() -> None:
+    for capability in (80, 86, 89, 90, 120):
+        for head_dim in (16, 64, 80, 96, 128, 256):
+            few, many = (choose_tile(head_dim, tokens, capability) for tokens in (FEW_TOKENS, FEW_TOKENS + 1))
+            assert few.rows >= 64 and many.rows >= few.rows
+            assert {few.warps, many.warps} <= {4, 8}
+            if capability < 90:  # there the order of sums could depend on the tile
+                assert few == many
+
+
+def test_tiles_and_costs_are_for_the_caller_to_say() -> None:
+    kernels = Recorder()
+    tile = choose_tile(64, 300)
+    attention = Attention(kernels, LIMITS, choose=lambda *_: tile, start=1.0, splitting=1e9)
+    attention.reserve(params(8, 2, 64))
+    [plan] = attention.plans(inputs(), 4)
+    plan()
+    [(kernel, _, arguments)] = kernels.launches
+    constants = dict(kernel.constants)
+    assert (constants["QUERIES"], constants["START"], constants["SPLITTING"]) == (32, 1.0, 1e9)
+    assert arguments[-1] == tile.programs * kernels.multiprocessors
+
+
+def test_a_scale_must_be_positive() -> None:
+    attention = Attention(Recorder(), LIMITS)
+    kind = AttentionParams(num_heads=1, num_kv_heads=1, head_dim=16, scale=-1.0)
+    cache = LayerCache(torch.zeros(2, 4, 1, 16, 16, dtype=torch.float16))
+    q = torch.zeros(1, 16, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"multiplied by -1\.0"):
+        attention.run(q, cache, inputs(), q.clone(), kind, None)
 
 
 def test_heads_are_cut_into_what_tensor_cores_take() -> None:

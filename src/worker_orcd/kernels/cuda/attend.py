@@ -18,16 +18,33 @@ from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 
 FEW_TOKENS = 256  # up to here a program has 64 rows (a query's heads are rows), beyond 128
-CAPACITY = 1024  # queries times splits whose parts may wait in memory
-WALKED = 2  # tiles of keys that are not worth being split
-SHARE = 1  # a row is split if it is longer than what a program has to do
+CAPACITY = 2048  # queries times splits that may wait in memory
+START = 4.0  # tiles of keys in whose time a program begins a unit
+SPLITTING = 4.0  # and in whose time the parts of a row come together
 _CHUNK = 128  # units that `plan` writes at a time
 _RECORD = 16  # integers of a unit
-_MERGED = 16  # rows whose parts are merged at a time
-_AT_ONCE = 4  # splits whose parts are loaded at a time
 _WIDEST = 128  # columns of the values that a program has
-_PROGRAMS = 2  # a multiprocessor
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """What a program is. It changes no bits, as long as there are 64 rows or more."""
+
+    rows: int
+    warps: int
+    stages: int  # tiles of keys and of values in shared memory
+    programs: int  # on a multiprocessor
+
+
+def choose_tile(head_dim: int, tokens: int, capability: int = 90) -> Tile:
+    """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0)."""
+    if capability < 90:
+        warps = 4 if head_dim < _WIDEST else 8  # whose registers hold what wide heads need
+        return Tile(rows=64, warps=warps, stages=3 if head_dim <= 64 else 2, programs=8 // warps)
+    if head_dim > _WIDEST or tokens > FEW_TOKENS:
+        return Tile(rows=128, warps=8, stages=3 if head_dim <= 64 else 2, programs=1)
+    return Tile(rows=64, warps=4, stages=3 if head_dim <= 64 else 2, programs=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +64,14 @@ class Cut:
         return -(-self.group // self.rows)
 
     @property
+    def heads(self) -> int:
+        """Of a tile."""
+        return -(-self.group // self.head_tiles)
+
+    @property
     def queries(self) -> int:
         """Of a tile."""
-        return max(1, self.rows // -(-self.group // self.head_tiles))
+        return max(1, self.rows // self.heads)
 
     @property
     def keys(self) -> tuple[int, int]:
@@ -78,18 +100,34 @@ def halves(columns: int) -> tuple[int, int]:
     return first, rest
 
 
-PlanKey = tuple[int | None, int, int]  # window, lanes, queries
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a list of work depends on, beside the step."""
+
+    window: int
+    lanes: int
+    queries: int
+    programs: int
 
 
 class Attention:
     """Of one device, on its current stream: one layer at a time."""
 
-    def __init__(self, kernels: Kernels, limits: Limits) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        limits: Limits,
+        *,
+        choose: Callable[[int, int, int], Tile] = choose_tile,
+        start: float = START,
+        splitting: float = SPLITTING,
+    ) -> None:
+        """`start`, `splitting`: as the constants. They and `choose` change no bits."""
         self._kernels, self._limits = kernels, limits
+        self._choose, self._start, self._splitting = choose, start, splitting
         device = kernels.device
-        self._programs = _PROGRAMS * kernels.multiprocessors
         self._kinds: set[AttentionParams] = set()
-        self._work: dict[PlanKey, torch.Tensor] = {}
+        self._work: dict[_Plan, torch.Tensor] = {}
         self._parts = torch.empty(0, dtype=torch.float32, device=device)
         self._sums = torch.empty(0, dtype=torch.float32, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
@@ -103,8 +141,8 @@ class Attention:
         """Make room for layers of this kind. Before any graph is captured. Raises ValueError."""
         self._kinds.add(params)
         device = self._kernels.device
-        for rows in (64, 128):
-            cut = Cut(params, rows)
+        for tokens in (1, self._limits.max_tokens):
+            cut, tile = self._cut(params, tokens)
             slots = CAPACITY * params.num_heads * cut.value_parts
             if slots * sum(cut.values) > len(self._parts):
                 self._parts = torch.empty(slots * sum(cut.values), dtype=torch.float32, device=device)
@@ -113,42 +151,42 @@ class Attention:
             if CAPACITY * cut.lanes > len(self._counters):
                 self._counters = torch.zeros(CAPACITY * cut.lanes, dtype=torch.int32, device=device)
             units = -(-self._limits.max_tokens // cut.queries) + self._limits.max_rows + CAPACITY
-            key = params.window, cut.lanes, cut.queries
-            if key not in self._work:
-                self._work[key] = torch.zeros((1 + units) * _RECORD, dtype=torch.int32, device=device)
+            plan = self._plan_of(cut, tile)
+            if plan not in self._work:
+                self._work[plan] = torch.zeros((1 + units) * _RECORD, dtype=torch.int32, device=device)
+
+    def _cut(self, params: AttentionParams, tokens: int) -> tuple[Cut, Tile]:
+        tile = self._choose(params.head_dim, tokens, self._kernels.capability)
+        return Cut(params, tile.rows), tile
+
+    def _plan_of(self, cut: Cut, tile: Tile) -> _Plan:
+        programs = tile.programs * self._kernels.multiprocessors
+        return _Plan(cut.params.window or 0, cut.lanes, cut.queries, programs)
 
     def plans(self, inputs: BatchInputs, tokens: int) -> list[Callable[[], None]]:
         """What a step of up to `tokens` launches before its layers, once for each kind of them."""
-        keys = {
-            (params.window, cut.lanes, cut.queries): None
-            for params in sorted(self._kinds, key=repr)
-            for cut in (Cut(params, _rows(tokens)),)
-        }
-        return [partial(self._plan, inputs, tokens, key) for key in keys]
+        kinds = sorted(self._kinds, key=repr)
+        plans = dict.fromkeys(self._plan_of(*self._cut(params, tokens)) for params in kinds)
+        return [partial(self._plan, inputs, tokens, plan) for plan in plans]
 
-    def _plan(self, inputs: BatchInputs, tokens: int, key: PlanKey) -> None:
-        window, lanes, queries = key
+    def _plan(self, inputs: BatchInputs, tokens: int, plan: _Plan) -> None:
         rows = min(tokens, self._limits.max_rows)
         arguments = (
             ("query_start", "*i32"), ("context_lens", "*i32"), ("work", "*i32"), ("rows", "i32"),
             ("programs", "i32"),
         )  # fmt: skip
         constants = {
-            "LANES": lanes, "QUERIES": queries, "WINDOW": window or 0, "CAPACITY": CAPACITY, "WALKED": WALKED,
-            "SHARE": SHARE, "MAX_ROWS": max(2, 1 << (rows - 1).bit_length()), "CHUNK": _CHUNK,
+            "LANES": plan.lanes, "QUERIES": plan.queries, "WINDOW": plan.window, "CAPACITY": CAPACITY,
+            "START": self._start, "SPLITTING": self._splitting,
+            "MAX_ROWS": max(2, 1 << (rows - 1).bit_length()), "CHUNK": _CHUNK,
         }  # fmt: skip
         kernel = Kernel(
             module="attention", function="plan", arguments=arguments, constants=tuple(constants.items())
         )
         self._kernels.launch(
-            kernel,
-            (rows, 1, 1),
-            inputs.query_start,
-            inputs.context_lens,
-            self._work[key],
-            rows,
-            self._programs,
-        )
+            kernel, (rows, 1, 1),
+            inputs.query_start, inputs.context_lens, self._work[plan], rows, plan.programs,
+        )  # fmt: skip
 
     def run(
         self,
@@ -164,22 +202,24 @@ class Attention:
         q (tokens, num_heads * head_dim) of the cache's type; out likewise, float32, float16 or bfloat16,
         contiguous; sinks (num_heads,) float32. What is no query of a row is not written.
         """
-        cut = Cut(params, _rows(len(q)))
+        cut, tile = self._cut(params, len(q))
         keys_values, table = cache.tensor, inputs.block_tables[cache.group]
         if not out.is_contiguous() or q.dtype != keys_values.dtype:
             raise ValueError(f"queries of {q.dtype} and keys of {keys_values.dtype}, or rows with gaps")
+        if not params.scale > 0:
+            raise ValueError(f"scores are multiplied by {params.scale}; it must be positive")
+        plan = self._plan_of(cut, tile)
         self._kernels.launch(
-            attend_kernel(cut, keys_values.shape[3], q.dtype, out.dtype, sinks is not None),
-            (self._programs, 1, 1), q, keys_values, table,
-            self._work[params.window, cut.lanes, cut.queries], out if sinks is None else sinks, out,
-            self._parts, self._sums, self._counters, float(params.scale), keys_values.stride(0),
+            attend_kernel(cut, tile, keys_values.shape[3], q.dtype, out.dtype, sinks is not None),
+            (plan.programs, 1, 1), q, keys_values, table, self._work[plan], out if sinks is None else sinks,
+            out, self._parts, self._sums, self._counters, float(params.scale), keys_values.stride(0),
             keys_values.stride(1), q.stride(0), table.stride(0),
         )  # fmt: skip
         return out
 
 
 def attend_kernel(
-    cut: Cut, block_size: int, dtype: torch.dtype, out: torch.dtype, sinks: bool, *, stages: int | None = None
+    cut: Cut, tile: Tile, block_size: int, dtype: torch.dtype, out: torch.dtype, sinks: bool
 ) -> Kernel:
     """The kernel of one kind of layer."""
     params = cut.params
@@ -190,12 +230,12 @@ def attend_kernel(
         "block_stride": "i64", "q_stride": "i32", "table_stride": "i32",
     }  # fmt: skip
     (d0, d1), (v0, v1) = cut.keys, cut.values
-    stages = stages or (3 if params.head_dim <= 64 else 2)
     constants = {
         "HEADS": params.num_heads, "KV_HEADS": params.num_kv_heads, "HEAD_TILES": cut.head_tiles, "D0": d0,
         "D1": d1, "V0": v0, "V1": v1, "VALUE_PARTS": cut.value_parts, "ROWS": cut.rows,
-        "BLOCK_SIZE": block_size, "WINDOW": params.window or 0, "SINKS": sinks, "MERGED": _MERGED,
-        "AT_ONCE": _AT_ONCE, "STAGES": stages,
+        "BLOCK_SIZE": block_size, "WINDOW": params.window or 0, "SINKS": sinks,
+        "MERGED": min(16, 1 << (cut.heads - 1).bit_length()),  # rows whose parts are merged at a time
+        "AT_ONCE": 8 if sum(cut.values) < _WIDEST else 4,  # splits that are on their way then
     }  # fmt: skip
     return Kernel(
         module="attention",
@@ -204,11 +244,7 @@ def attend_kernel(
         constants=tuple(constants.items()),
         aligned=("values", "block_stride", "q_stride"),
         loose=("table",),
-        warps=4 if cut.rows == 64 else 8,
-        stages=stages,
+        warps=tile.warps,
+        stages=tile.stages,
         fused=False,
     )
-
-
-def _rows(tokens: int) -> int:
-    return 64 if tokens <= FEW_TOKENS else 128

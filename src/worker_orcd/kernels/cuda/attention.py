@@ -6,10 +6,10 @@ Device code (Triton). Keys come in tiles of 64 and tiles in splits, both at abso
 (`merge`). A tile of which a query sees nothing changes nothing for it, bit for bit. So what is computed for a
 query depends on its position alone, whoever computes it:
 
-* `plan`, once a step, cuts its rows into units: a tile of queries over all that they see, or over one split.
+* `plan`, once a step, cuts its rows into units: a tile of queries over all that they see or over some splits.
 * `attend` has a fixed number of programs, which take the units in turn, for each group of heads. A unit of
-  all splits merges them in registers. Of units of one split the program that finishes last merges what the
-  others left in memory. Who that is changes nothing. Counters return to zero.
+  all splits merges them in registers. Others leave each split in memory; the program that finishes last
+  merges what all have left. Who that is changes nothing. Counters return to zero.
 
 A tile's rows are queries times the heads that share keys. Sums over keys are matrix products too, with ones:
 their order is the instruction's, whatever the tile. No product is left to the compiler to fuse with a sum.
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 KEYS = tl.constexpr(64)  # of a tile
+TURNS = tl.constexpr(8)
 RECORD = tl.constexpr(16)  # integers a unit; the first one holds their number
 NEVER = tl.constexpr(-1e30)  # the maximum of no scores
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -56,12 +57,13 @@ def first_seen(position, WINDOW: tl.constexpr):
 
 @triton.jit
 def plan(query_start, context_lens, work, rows, programs, LANES: tl.constexpr, QUERIES: tl.constexpr,
-         WINDOW: tl.constexpr, CAPACITY: tl.constexpr, WALKED: tl.constexpr, SHARE: tl.constexpr,
+         WINDOW: tl.constexpr, CAPACITY: tl.constexpr, START: tl.constexpr, SPLITTING: tl.constexpr,
          MAX_ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Programs: rows. Writes the units of each row to `work`, the last queries of a row first.
 
-    A row is split if it has more than `WALKED` tiles of keys, takes more than a SHARE-th of what a program
-    has to do, and there is room for its parts.
+    A row is cut into as many units as are done soonest: of the numbers that leave all programs about equally
+    many units, once to TURNS times, the best one, if a unit begins in the time of START tiles of keys, and
+    that of a cut row takes SPLITTING more. It stays whole if there is no room for what its parts would leave.
     """
     row = tl.program_id(0)
     every = tl.arange(0, MAX_ROWS)
@@ -73,35 +75,51 @@ def plan(query_start, context_lens, work, rows, programs, LANES: tl.constexpr, Q
     last_query = tl.maximum(context - tokens + (query_tiles - 1) * QUERIES, 0)
     longest = tl.where(tokens > 0, end - first_seen(last_query, WINDOW), 0)
     splits = split_of((end - 1) * KEYS) - split_of(first_seen(context - tokens, WINDOW) * KEYS) + 1
-    share = tl.sum(query_tiles.to(tl.int64) * longest) * LANES // programs
-    worth = (tokens > 0) & (splits > 1) & (longest > WALKED) & (longest.to(tl.int64) * SHARE > share)
-    need = tl.where(worth, splits * tokens, 0)
+    splits = tl.where(tokens > 0, splits, 1)
+    share = tl.sum(query_tiles.to(tl.int64) * longest).to(tl.float32) * LANES / programs  # tiles, a program
+    share = tl.maximum(share, 0.001)
+    length = tl.maximum(longest, 1).to(tl.float32)
+    cuts = tl.full((MAX_ROWS,), 1.0, tl.float32)
+    least = tl.full((MAX_ROWS,), float("inf"), tl.float32)
+    for turns in tl.static_range(1, TURNS + 1):
+        some = tl.minimum(tl.maximum(tl.floor(turns * length / share), 1.0), splits.to(tl.float32))
+        most = tl.ceil(share * some / length - 0.001)  # units of a program
+        cost = most * (START + length / some) + tl.where(some > 1.0, SPLITTING, 0.0)
+        cuts = tl.where(cost < least, some, cuts)
+        least = tl.minimum(cost, least)
+    pieces = cuts.to(tl.int32)
+    run = (splits + pieces - 1) // pieces
+    need = tl.where((tokens > 0) & (run < splits), splits * tokens, 0)
     taken = tl.cumsum(need, 0)
-    splits = tl.where(worth & (taken <= CAPACITY), splits, 1)
-    units = query_tiles * splits
+    run = tl.where((need > 0) & (taken <= CAPACITY), run, splits)
+    runs = (splits + run - 1) // run
+    units = tl.where(tokens > 0, query_tiles * runs, 0)
     if row == 0:
         tl.store(work, tl.sum(units))
     mine = every == row
     count = tl.sum(tl.where(mine, units, 0))
     to = work + RECORD + tl.sum(tl.where(every < row, units, 0)) * RECORD
     first_token, row_tokens = tl.sum(tl.where(mine, start, 0)), tl.sum(tl.where(mine, tokens, 0))
-    row_splits, row_tiles = tl.sum(tl.where(mine, splits, 0)), tl.sum(tl.where(mine, query_tiles, 0))
+    row_splits, row_run = tl.sum(tl.where(mine, splits, 0)), tl.sum(tl.where(mine, run, 0))
+    row_runs, row_tiles = tl.sum(tl.where(mine, runs, 0)), tl.sum(tl.where(mine, query_tiles, 0))
     first_position = tl.sum(tl.where(mine, context, 0)) - row_tokens
     base = tl.sum(tl.where(mine, taken - need, 0))
     for begin in range(0, count, CHUNK):
         unit = begin + tl.arange(0, CHUNK)
-        query = (row_tiles - 1 - unit // row_splits) * QUERIES
-        which = unit % row_splits
+        query = (row_tiles - 1 - unit // row_runs) * QUERIES
         here = tl.minimum(row_tokens - query, QUERIES)
         position = first_position + query
         first = first_seen(position, WINDOW)
         last = (position + here - 1) // KEYS + 1
         own = split_of(first * KEYS)
-        number = tl.where(row_splits > 1, split_of((last - 1) * KEYS) - own + 1, 1)
-        if row_splits > 1:
-            begins = tl.maximum(first, split_start(own + which) // KEYS)
-            last = tl.where(number > 1, tl.minimum(last, split_start(own + which + 1) // KEYS), last)
-            first = tl.where(which < number, begins, last)  # else nothing is left for this one
+        own_splits = split_of((last - 1) * KEYS) - own + 1
+        number = (own_splits + row_run - 1) // row_run
+        split = unit % row_runs * row_run
+        begins = split_start(own + split) // KEYS
+        ends = split_start(own + split + row_run) // KEYS
+        last = tl.minimum(last, tl.where(number > 1, ends, last))
+        # The other queries of the row may see more: then nothing is left for this one.
+        first = tl.where(split < own_splits, tl.maximum(first, begins), last)
         record = to + unit * RECORD
         mask = unit < count
         tl.store(record, first_token + query, mask=mask)
@@ -111,8 +129,9 @@ def plan(query_start, context_lens, work, rows, programs, LANES: tl.constexpr, Q
         tl.store(record + 4, first, mask=mask)
         tl.store(record + 5, last, mask=mask)
         tl.store(record + 6, number, mask=mask)
-        tl.store(record + 7, which, mask=mask)
-        tl.store(record + 8, base + query * row_splits, mask=mask)
+        tl.store(record + 7, split, mask=mask)
+        tl.store(record + 8, own_splits, mask=mask)
+        tl.store(record + 9, base + query * row_splits, mask=mask)
 
 
 # -- the softmax of a split, and of all ---------------------------------------------------------------------
@@ -184,6 +203,29 @@ def combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, he
                SINKS)  # fmt: skip
 
 
+@triton.jit
+def leave(parts, sums, slot, live, top, some, acc0, acc1, V0: tl.constexpr, V1: tl.constexpr):
+    """Writes a split for `combine`. `slot`: of each row."""
+    tl.store(sums + slot * 2, top, mask=live)
+    tl.store(sums + slot * 2 + 1, some, mask=live)
+    to = parts + slot[:, None] * (V0 + V1)
+    tl.store(to + tl.arange(0, V0)[None, :], acc0, mask=live[:, None])
+    if V1 > 0:
+        tl.store(to + (V0 + tl.arange(0, V1))[None, :], acc1, mask=live[:, None])
+
+
+@triton.jit
+def paged(tile, BLOCK_SIZE: tl.constexpr):
+    """Of each key of a tile: the entry of the block table, and the place in its block."""
+    key = tl.arange(0, KEYS)
+    if KEYS % BLOCK_SIZE == 0:
+        return tile * (KEYS // BLOCK_SIZE) + key // BLOCK_SIZE, key % BLOCK_SIZE
+    elif BLOCK_SIZE // KEYS * KEYS == BLOCK_SIZE:
+        return tile // (BLOCK_SIZE // KEYS) + key * 0, tile * KEYS % BLOCK_SIZE + key
+    else:
+        return (tile * KEYS + key) // BLOCK_SIZE, (tile * KEYS + key) % BLOCK_SIZE
+
+
 # -- attention ---------------------------------------------------------------------------------------------
 
 
@@ -192,8 +234,7 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 q_stride, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
                 D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
                 VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-                SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
-                STAGES: tl.constexpr):  # fmt: skip
+                SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
     """One unit, for the heads of `lane`."""
     D: tl.constexpr = D0 + D1
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
@@ -205,9 +246,10 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
     cache_row = tl.load(record + 3)
     first = tl.load(record + 4)
     last = tl.load(record + 5)
-    splits = tl.load(record + 6)
-    which = tl.load(record + 7)
-    base = tl.load(record + 8)
+    number = tl.load(record + 6)  # of units that have these queries
+    split = tl.load(record + 7)  # this unit's first
+    splits = tl.load(record + 8)
+    base = tl.load(record + 9)
 
     part = lane % VALUE_PARTS
     head_tile = lane // VALUE_PARTS % HEAD_TILES
@@ -230,83 +272,94 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
     if D1 > 0:
         q1 = tl.load(qp + D0 + d1[None, :], mask=live[:, None], other=0.0)
 
-    TOP = tl.full((ROWS,), NEVER, tl.float32)
-    SUM = tl.zeros((ROWS,), tl.float32)
-    ACC0 = tl.zeros((ROWS, V0), tl.float32)
-    ACC1 = ACC0
-    top = TOP
-    acc0 = ACC0
-    acc1 = ACC0
-    if V1 > 0:
-        ACC1 = tl.zeros((ROWS, V1), tl.float32)
-        acc1 = ACC1
-    some = tl.zeros((ROWS, 16), tl.float32)
     ones = tl.full((KEYS, 16), 1.0, dtype)
     factor = scale * LOG2_E
     end = position + tokens
-    border = split_start(split_of(first * KEYS) + 1) // KEYS
     kp = cache + kv_head * (BLOCK_SIZE * D)
     vp = kp + values + part * V0
     table += cache_row * table_stride
-    for tile in tl.range(first, last, num_stages=STAGES):
-        if tile == border:
-            TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
-            top = tl.full((ROWS,), NEVER, tl.float32)
-            some = tl.zeros((ROWS, 16), tl.float32)
-            acc0 = tl.zeros((ROWS, V0), tl.float32)
+    while first < last:  # once for all splits that are merged here, or once for each that is left in memory
+        border = split_start(split_of(first * KEYS) + 1) // KEYS
+        stop = last
+        if number > 1:
+            stop = tl.minimum(last, border)
+        TOP = tl.full((ROWS,), NEVER, tl.float32)
+        SUM = tl.zeros((ROWS,), tl.float32)
+        ACC0 = tl.zeros((ROWS, V0), tl.float32)
+        ACC1 = ACC0
+        top = TOP
+        acc0 = ACC0
+        acc1 = ACC0
+        if V1 > 0:
+            ACC1 = tl.zeros((ROWS, V1), tl.float32)
+            acc1 = ACC1
+        some = tl.zeros((ROWS, 16), tl.float32)
+        # A tile ahead: keys are requested without waiting for where they are.
+        entry, _ = paged(first, BLOCK_SIZE)
+        block = tl.load(table + entry, mask=first * KEYS + tl.arange(0, KEYS) < end, other=0)
+        for tile in range(first, stop):  # in the kernel's stages
+            if tile == border:
+                TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
+                top = tl.full((ROWS,), NEVER, tl.float32)
+                some = tl.zeros((ROWS, 16), tl.float32)
+                acc0 = tl.zeros((ROWS, V0), tl.float32)
+                if V1 > 0:
+                    acc1 = tl.zeros((ROWS, V1), tl.float32)
+                else:
+                    acc1 = acc0
+                border = split_start(split_of(tile * KEYS) + 1) // KEYS
+            key = tile * KEYS + tl.arange(0, KEYS)
+            there = (key < end)[:, None]
+            _, place = paged(tile, BLOCK_SIZE)
+            at = (block.to(tl.int64) * block_stride + place * D)[:, None]
+            entry, _ = paged(tile + 1, BLOCK_SIZE)
+            block = tl.load(table + entry, mask=key + KEYS < end, other=0)
+            k0 = tl.load(kp + at + d0[None, :], mask=there, other=0.0)
+            s = tl.dot(q0, tl.trans(k0))
+            if D1 > 0:
+                k1 = tl.load(kp + at + D0 + d1[None, :], mask=there, other=0.0)
+                s = tl.dot(q1, tl.trans(k1), s)
+            hidden = tile * KEYS + (KEYS - 1) > position
+            if WINDOW > 0:
+                hidden = hidden | (tile * KEYS <= end - 1 - WINDOW)
+            if hidden:
+                visible = key[None, :] <= seen[:, None]
+                if WINDOW > 0:
+                    visible = visible & (key[None, :] > seen[:, None] - WINDOW)
+                s = tl.where(visible, s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1) * factor)
+            old = tl.exp2(top - higher)[:, None]
+            p = tl.exp2(tl.fma(s, factor, -higher[:, None])).to(dtype)
+            some = tl.dot(p, ones, some * old)
+            w0 = tl.load(vp + at + v0[None, :], mask=there, other=0.0)
+            acc0 = tl.dot(p, w0, acc0 * old)
             if V1 > 0:
-                acc1 = tl.zeros((ROWS, V1), tl.float32)
+                w1 = tl.load(vp + at + V0 + v1[None, :], mask=there, other=0.0)
+                acc1 = tl.dot(p, w1, acc1 * old)
             else:
                 acc1 = acc0
-            border = split_start(split_of(tile * KEYS) + 1) // KEYS
-        key = tile * KEYS + tl.arange(0, KEYS)
-        there = (key < end)[:, None]
-        block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
-        at = (block.to(tl.int64) * block_stride + key % BLOCK_SIZE * D)[:, None]
-        k0 = tl.load(kp + at + d0[None, :], mask=there, other=0.0)
-        s = tl.dot(q0, tl.trans(k0))
-        if D1 > 0:
-            k1 = tl.load(kp + at + D0 + d1[None, :], mask=there, other=0.0)
-            s = tl.dot(q1, tl.trans(k1), s)
-        hidden = tile * KEYS + (KEYS - 1) > position
-        if WINDOW > 0:
-            hidden = hidden | (tile * KEYS <= end - 1 - WINDOW)
-        if hidden:
-            visible = key[None, :] <= seen[:, None]
-            if WINDOW > 0:
-                visible = visible & (key[None, :] > seen[:, None] - WINDOW)
-            s = tl.where(visible, s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1) * factor)
-        old = tl.exp2(top - higher)[:, None]
-        p = tl.exp2(tl.fma(s, factor, -higher[:, None])).to(dtype)
-        some = tl.dot(p, ones, some * old)
-        w0 = tl.load(vp + at + v0[None, :], mask=there, other=0.0)
-        acc0 = tl.dot(p, w0, acc0 * old)
-        if V1 > 0:
-            w1 = tl.load(vp + at + V0 + v1[None, :], mask=there, other=0.0)
-            acc1 = tl.dot(p, w1, acc1 * old)
+            top = higher
+        first = stop
+        # Anew, from what the compiler does not know to be 0: registers are too few to keep it all meanwhile.
+        row = tl.arange(0, ROWS) + (stop >> 30)
+        query = row // GROUP
+        head = first_head + row % GROUP
+        live = (query < tokens) & (row % GROUP < heads)
+        if number == 1:
+            TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
+            finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V0, HEADS, D, V0, V1,
+                   SINKS)  # fmt: skip
         else:
-            acc1 = acc0
-        top = higher
-
-    if (splits == 1) & (first < last):  # not for a unit that nothing was left for
-        TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
-        finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V0, HEADS, D, V0, V1,
-               SINKS)  # fmt: skip
-    elif (splits > 1) & (first < last):
-        there = ((base + which * tokens + query) * HEADS + head) * VALUE_PARTS + part
-        tl.store(sums + there * 2, top, mask=live)
-        tl.store(sums + there * 2 + 1, tl.max(some, 1), mask=live)
-        to = parts + there[:, None] * (V0 + V1)
-        tl.store(to + v0[None, :], acc0, mask=live[:, None])
-        if V1 > 0:
-            tl.store(to + V0 + v1[None, :], acc1, mask=live[:, None])
-        tl.debug_barrier()  # all of this program's part is written before it counts as finished
-        counter = counters + base * LANES + lane
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
-            combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, heads, part, HEADS,
-                    GROUP, D, V0, V1, VALUE_PARTS, SINKS, MERGED, AT_ONCE)  # fmt: skip
-            tl.store(counter, 0)
+            slot = ((base + split * tokens + query) * HEADS + head) * VALUE_PARTS + part
+            leave(parts, sums, slot, live, top, tl.max(some, 1), acc0, acc1, V0, V1)
+            split += 1
+            if first == last:
+                tl.debug_barrier()  # all that this program leaves is written before it counts as finished
+                counter = counters + base * LANES + lane
+                if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == number - 1:
+                    combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, heads, part,
+                            HEADS, GROUP, D, V0, V1, VALUE_PARTS, SINKS, MERGED, AT_ONCE)  # fmt: skip
+                    tl.store(counter, 0)
 
 
 @triton.jit
@@ -314,7 +367,7 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
            table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
            D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_PARTS: tl.constexpr,
            ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-           MERGED: tl.constexpr, AT_ONCE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+           MERGED: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
     """Any number of programs. The queries have D0 + D1 columns, a program gives V0 + V1 of the values'.
 
     They take turns forth and back, so that the first, longest, units do not all fall to the same ones.
@@ -332,5 +385,4 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
             record = work + RECORD + item // LANES * RECORD
             attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
                         values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D0, D1,
-                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE,
-                        STAGES)  # fmt: skip
+                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE)  # fmt: skip
