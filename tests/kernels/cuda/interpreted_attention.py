@@ -2,8 +2,9 @@
 Attention under Triton's interpreter, compared with float64. Run in a process of its own, which
 `TRITON_INTERPRET=1` must be set for before Triton is imported; see test_attention.py.
 
-Prints a line of JSON: for each case how far off it is, into how many units its rows were cut, and what is
-left in the counters; then whether split rows have the bits of whole ones.
+Prints a line of JSON: for each case how far off it is, into how many units its rows were cut, how many of
+them have nothing to do, and what is left in the counters; then whether split rows have the bits of whole
+ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 
 from gpu_attention_steps import Step, exact, random_step
 from worker_orcd.kernels.backend import AttentionParams
-from worker_orcd.kernels.cuda.attend import Attention
+from worker_orcd.kernels.cuda.attend import _RECORD, Attention
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
 
 CPU = torch.device("cpu")
@@ -58,6 +59,11 @@ def attended(
     return step.run(attention, step.limits, sinks=sinks), attention
 
 
+def units(work: torch.Tensor) -> torch.Tensor:
+    """(units, integers of one): what was planned; the columns are `plan`'s."""
+    return work.view(-1, _RECORD)[1:][: int(work[0])]
+
+
 def case(
     params: AttentionParams,
     rows: list[tuple[int, int]],
@@ -72,7 +78,8 @@ def case(
     tokens = len(wanted)
     return {
         "error": float((out[:tokens].double() - wanted).norm() / wanted.norm()),
-        "units": sum(int(work[0]) for work in attention._work.values()),
+        "units": sum(len(units(work)) for work in attention._work.values()),
+        "empty": sum(int((of[:, 4] >= of[:, 5]).sum()) for of in map(units, attention._work.values())),
         "counters": int(attention._counters.abs().sum()),
         "touched": int((~out[tokens:].isnan()).sum()),
     }
@@ -88,14 +95,14 @@ def splits_change_nothing() -> int:
     step = random_step(kind, [(700, 1), (300, 1)], CPU, block_size=32)
     split, attention = attended(step)
     whole, _ = attended(step, splitting=1e9)
-    assert any(int(work[0]) > 2 for work in attention._work.values())
+    assert any(len(units(work)) > 2 for work in attention._work.values())
     return int((split[:2].view(torch.int32) != whole[:2].view(torch.int32)).sum())
 
 
 CASES = {
     "mixed": lambda: case(params(6, 2, 16), [(0, 70), (200, 1), (5, 3), (0, 1), (300, 9)]),
     "whole": lambda: case(params(3, 1, 32), [(400, 1), (10, 2)], splitting=1e9),
-    "nothing left": lambda: case(params(2, 1, 16, 130), [(192, 260)]),
+    "nothing left": lambda: case(params(2, 1, 16, 60), [(160, 64)]),
     "pieces": lambda: case(params(2, 2, 96), [(150, 2), (0, 40)], block_size=64),
     "wide": lambda: case(params(2, 1, 256), [(300, 1)], block_size=48),
     "window": lambda: case(params(4, 1, 16, 100), [(500, 1), (0, 150), (60, 30)], sinks=True),
