@@ -175,12 +175,12 @@ def check_same(session: Session) -> None:
 
 
 def compare(alone: Alone, step: Step, out: torch.Tensor) -> tuple[int, int]:
-    """Words of the step's queries, and how many of them are others than of the row alone."""
+    """Words of the step's queries, and how many are others than of the row alone, or not written."""
     starts, words, wrong = step.starts(), 0, torch.zeros((), dtype=torch.int64, device=out.device)
     for row, (before, count) in enumerate(step.rows):
         first, own = alone[step.tables[row][0]]
         wanted, got = own[before - first :][:count], out[starts[row] :][:count]
-        wrong += (wanted.view(torch.int32) != got.view(torch.int32)).sum()
+        wrong += ((wanted.view(torch.int32) != got.view(torch.int32)) | got.isnan()).sum()
         words += got.numel()
     return words, int(wrong)
 
