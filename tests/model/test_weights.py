@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny_models import MODELS, Tiny, TinyFile, interleave
+from tiny_variants import VARIANTS, tiny_file
 
 from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.errors import InvalidModelFile
@@ -27,14 +28,15 @@ class Packed:
     parts: list[NDArray[np.float32]]  # decoded
     formats: list[str]
     bias: NDArray[np.float32] | None
+    gated: bool
 
 
 class RecordingBackend:
     """Keeps decoded copies of what it is given. Only the part of a backend that loading uses."""
 
-    def matrix(self, parts: Any, bias: Any = ()) -> Packed:
+    def matrix(self, parts: Any, bias: Any = (), *, gated: bool = False) -> Packed:
         joined = np.concatenate(bias) if bias else None
-        return Packed([decoded(part) for part in parts], [part.format.name for part in parts], joined)
+        return Packed([decoded(part) for part in parts], [part.format.name for part in parts], joined, gated)
 
     def embedding(self, table: Matrix) -> Packed:
         return self.matrix([table])
@@ -68,6 +70,8 @@ def test_weights_are_those_transformers_would_hold(name: str, tmp_path: Path):
             np.testing.assert_array_equal(layer.qkv.bias, np.concatenate(biases))
         else:
             assert layer.qkv.bias is None
+        packed = layer.qkv, layer.attention_output, layer.ffn.up, layer.ffn.down
+        assert [one.gated for one in packed] == [False, False, True, False]
         for found, part in zip(layer.ffn.up.parts, ("gate", "up"), strict=True):
             np.testing.assert_array_equal(found, file.state[f"{theirs}mlp.{part}_proj.weight"])
         np.testing.assert_array_equal(
@@ -77,6 +81,12 @@ def test_weights_are_those_transformers_would_hold(name: str, tmp_path: Path):
         assert (layer.q_norm is not None) == (layer.k_norm is not None) == file.tiny.head_norms
     assert weights.layers[0].qkv.formats == ["Q8_0", "F16", "Q4_1"]
     assert (weights.output is weights.embedding) == file.tiny.tied
+
+
+@pytest.mark.parametrize(("name", "gated"), [("phi3", True), ("gpt2", False)])
+def test_a_tensor_of_gates_and_what_goes_with_them_is_named_so(name: str, gated: bool, tmp_path: Path):
+    for layer in loaded(tiny_file(VARIANTS[name]), tmp_path).layers:
+        assert (len(layer.ffn.up.parts), layer.ffn.up.gated) == (1, gated)
 
 
 def test_interleaved_rows_are_moved_as_bytes(tmp_path: Path):
@@ -145,12 +155,12 @@ def test_the_file_does_not_pile_up_in_memory(tmp_path: Path):
     highest = 0
 
     class Watching(RecordingBackend):
-        def matrix(self, parts: Any, bias: Any = ()) -> Packed:
+        def matrix(self, parts: Any, bias: Any = (), *, gated: bool = False) -> Packed:
             nonlocal highest
             for part in parts:
                 part.data.sum()
             highest = max(highest, mapped_bytes())
-            return Packed([], [], None)
+            return Packed([], [], None, gated)
 
     backend: Any = Watching()
     with GGUFFile(path) as file:

@@ -168,10 +168,18 @@ class Backend(Protocol):
         """Bytes that this process may still take of the device."""
         ...
 
-    def matrix(self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()) -> Weight:
+    def matrix(
+        self,
+        parts: Sequence[Matrix],
+        bias: Sequence[NDArray[np.float32] | None] = (),
+        *,
+        gated: bool = False,
+    ) -> Weight:
         """Pack matrices with equal k for `linear`; outputs are concatenated in order. Formats may differ.
 
-        `bias` is empty or has one entry a part, (n,) float32 or None.
+        `bias` is empty or has one entry a part, (n,) float32 or None. `gated`: the first half of the outputs
+        are the gates of the second, both for one `glu`. That is a hint at how rows may lie, no more: what
+        `linear` returns is the same, in the same order.
         """
         ...
 

@@ -175,9 +175,9 @@ class _Loader:
         elif ffn.glu is not None:
             parts.insert(0, _Part(f"{prefix}.ffn_gate", ffn.dim, bias))
         down = self._fused([_Part(f"{prefix}.ffn_down", dim, bias)], ffn.dim)
-        return DenseWeights(self._fused(parts, dim), down)
+        return DenseWeights(self._fused(parts, dim, gated=ffn.glu is not None), down)
 
-    def _fused(self, parts: Sequence[_Part], k: int) -> Weight:
+    def _fused(self, parts: Sequence[_Part], k: int, *, gated: bool = False) -> Weight:
         """Pack matrices of `k` inputs as one weight; outputs in the order of `parts`."""
         matrices: list[Matrix] = []
         biases: list[NDArray[np.float32] | None] = []
@@ -191,7 +191,8 @@ class _Loader:
                     bias = deinterleave(bias, part.interleaved_heads, part.rotary_dim)
             matrices.append(matrix)
             biases.append(bias)
-        weight = self._backend.matrix(matrices, biases if any(part.bias for part in parts) else ())
+        bias = biases if any(part.bias for part in parts) else ()
+        weight = self._backend.matrix(matrices, bias, gated=gated)
         for part in parts:
             self._loaded(f"{part.name}.weight")
         return weight

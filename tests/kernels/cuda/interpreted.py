@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from gpu_weights import random_rows
-from worker_orcd.kernels.backend import Matrix
+from worker_orcd.kernels.backend import Glu, Matrix
+from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.cuda.linear import linear
 from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant
-from worker_orcd.kernels.cuda.weights import pack, upload
+from worker_orcd.kernels.cuda.weights import Uploader, alternate, pack, upload
 from worker_orcd.quant import BY_NAME
 
 
@@ -33,20 +34,24 @@ def product(
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, k, generator=generator).to(weight.operand)
     bias, residual = torch.randn(n, generator=generator), torch.randn(tokens, n, generator=generator)
-    y = torch.full((tokens, n // 2 if epilogue.glu else n), torch.nan)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[epilogue.out]
+    y = torch.full((tokens, n // 2 if epilogue.glu else n), torch.nan, dtype=dtype)
+    alternating = torch.arange(n)
+    if epilogue.paired:
+        alternating = alternate(alternating)
+        weight = Uploader(torch.device("cpu")).matrix([Matrix(name, fmt, n, k, rows)], paired=True)
     partials, counters = torch.full((chunks * tokens * n,), torch.nan), torch.zeros(64, dtype=torch.int32)
     grid = -(-n // tile.rows), -(-tokens // tile.tokens), chunks if tile.split else 1
     linear[grid](
-        weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters, bias, residual, n,
-        tokens, y.stride(0), **variant.constants(),
+        weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters, bias[alternating],
+        residual, n, tokens, y.stride(0), **variant.constants(),
     )  # fmt: skip
     exact = torch.from_numpy(fmt.dequantize_rows(rows).astype(np.float64))
     wanted = x.double() @ exact.T + (bias if epilogue.bias else 0)
     if epilogue.residual:
         wanted = wanted + residual
     if epilogue.glu:
-        gate, up = wanted.view(tokens, n // 16, 2, 8).unbind(2)
-        wanted = (torch.nn.functional.silu(gate) * up).reshape(tokens, -1)
+        wanted = ReferenceBackend().glu(epilogue.glu, *wanted.chunk(2, dim=1))
     error = float((y.double() - wanted).norm() / wanted.norm())
     return {"error": error, "counters": int(counters.abs().sum())}
 
@@ -64,9 +69,12 @@ def cases(name: str) -> list[dict[str, object]]:
 
 def more_cases() -> list[dict[str, object]]:
     split = Tile(rows=64, tokens=16, warps=4, stages=2, split=True)
-    whole = Tile(rows=64, tokens=16, warps=4, stages=2)
+    whole, wide = (Tile(rows=rows, tokens=16, warps=4, stages=2) for rows in (64, 128))
     return [
-        product("Q4_0", 64, 256, 3, 2, split, Epilogue(glu=True, bias=True)),
+        product("Q4_0", 64, 256, 3, 2, split, Epilogue(paired=True, glu=Glu.SWIGLU, bias=True)),
+        product("Q8_0", 144, 128, 17, 1, wide, Epilogue(paired=True, glu=Glu.GEGLU, out="fp16")),
+        product("MXFP4", 80, 96, 2, 1, whole, Epilogue(paired=True, glu=Glu.CLAMPED_SWIGLU, bias=True)),
+        product("Q4_0", 144, 256, 3, 2, split, Epilogue(paired=True, bias=True, residual=True)),
         product("Q4_0", 80, 256, 18, 1, whole, Epilogue(residual=True)),
         product("Q8_0", 64, 32, 2, 1, whole, Epilogue()),  # columns that are no whole step
         product("MXFP4", 64, 96, 2, 1, whole, Epilogue()),

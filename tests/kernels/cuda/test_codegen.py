@@ -6,10 +6,12 @@ A part of what is shipped; `benchmarks/gpu_codegen.py` does all of it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from gpu_codegen import Codegen, disorder, inspect_all, main_loop
+from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda.variants import FORMATS, Epilogue, Variant, choose_tile, shape_of
 
 # Instructions that a lane may issue for each weight at 16 tokens: from what an H100 has time for while its
@@ -20,7 +22,7 @@ BUDGET = {
 }  # fmt: skip
 
 
-def variant(name: str, n: int, k: int, tokens: int, capability: int, **epilogue: bool) -> Variant:
+def variant(name: str, n: int, k: int, tokens: int, capability: int, **epilogue: Any) -> Variant:
     shape = shape_of(name, n, k)
     return Variant(shape=shape, tile=choose_tile(shape, n, tokens, capability), epilogue=Epilogue(**epilogue))
 
@@ -34,7 +36,10 @@ def chosen() -> list[tuple[Variant, int]]:
         for name in ("Q4_K", "Q8_0", "MXFP4")
         for tokens in ((1, 4096) if capability == 80 else (4096,))
     ]
-    glu = [(variant("Q4_K", 16384, 3072, 1, 90, glu=True, bias=True), 90)]
+    glu = [
+        (variant("Q4_K", 16384, 3072, tokens, 90, paired=True, glu=kind, bias=True, out="fp16"), 90)
+        for tokens, kind in ((1, Glu.SWIGLU), (64, Glu.GEGLU), (4096, Glu.SWIGLU))
+    ]
     return few + many + older + glu
 
 

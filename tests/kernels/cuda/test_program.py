@@ -16,11 +16,12 @@ from torch_launcher import TorchLauncher
 from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.config import EngineConfig
 from worker_orcd.errors import Internal
-from worker_orcd.kernels.backend import AttentionParams, BatchInputs, Counts, Glu, Limits
+from worker_orcd.kernels.backend import AttentionParams, BatchInputs, Counts, Glu, Limits, Matrix
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.cuda.backend import CudaBackend
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.executor import Arena, bucket_for, buckets
+from worker_orcd.kernels.cuda.fuse import fuse
 from worker_orcd.kernels.cuda.inputs import Bucket, Staging
 from worker_orcd.kernels.cuda.program import (
     Add,
@@ -28,6 +29,7 @@ from worker_orcd.kernels.cuda.program import (
     Cast,
     Embed,
     Gated,
+    Gelu,
     Linear,
     Norm,
     Operation,
@@ -36,7 +38,8 @@ from worker_orcd.kernels.cuda.program import (
     Take,
     fresh,
 )
-from worker_orcd.kernels.cuda.weights import PackedMatrix
+from worker_orcd.kernels.cuda.weights import PackedMatrix, Uploader
+from worker_orcd.quant import BY_NAME
 from worker_orcd.runner.scoring import score
 
 CPU = torch.device("cpu")
@@ -76,10 +79,10 @@ def kinds(tiny: Tiny, tmp_path: Path) -> list[Operation]:
 
 
 def test_a_layer_is_few_operations(tmp_path: Path) -> None:
-    """Sums are epilogues of products; rotation and storing are one; the rest is as it must be."""
+    """Sums and gated units are epilogues of products; rotation and storing are one."""
     counted = Counter(type(one) for one in kinds(ALL["phi3"], tmp_path))
     assert counted == {
-        Embed: 1, Norm: 5, Linear: 9, RopeStore: 2, Attend: 2, Gated: 2, Take: 1,
+        Embed: 1, Norm: 5, Linear: 9, RopeStore: 2, Attend: 2, Take: 1,
     }  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def test_operands_are_rounded_where_they_are_made(tmp_path: Path) -> None:
         if isinstance(one, Linear) and isinstance(one.weight, PackedMatrix):
             assert one.x.buffer.dtype == torch.float16
         if isinstance(one, Linear):
-            assert one.out.buffer.dtype == torch.float32
+            assert one.out.buffer.dtype == (torch.float32 if one.glu is None else torch.float16)
 
 
 def test_operands_of_two_types_are_cast_once_each(tmp_path: Path) -> None:
@@ -101,6 +104,62 @@ def test_operands_of_two_types_are_cast_once_each(tmp_path: Path) -> None:
     assert sorted(map(str, of_first)) == ["torch.bfloat16", "torch.float16"]
     readers = [one for one in operations if isinstance(one, Linear) and one.x.buffer is casts[0].out.buffer]
     assert readers
+
+
+SAME = {"ffn_gate": GGMLType.Q8_0, "ffn_up": GGMLType.Q8_0, "ffn_down": GGMLType.Q4_0}
+
+
+@pytest.mark.parametrize(
+    ("tiny", "glu"),
+    [(replace(MODELS["llama"], formats=SAME), Glu.SWIGLU), (replace(ALL["gemma3"], formats=SAME), Glu.GEGLU)],
+    ids=["llama", "gemma3"],
+)
+def test_a_gated_unit_is_its_product_s(tiny: Tiny, glu: Glu, tmp_path: Path) -> None:
+    """And what it makes is what the product that reads it takes."""
+    path = tiny_file(tiny).write(tmp_path / "tiny.gguf")
+    backend, made = on_torch()
+    found = score(load_runner(path, backend, ENGINE), PROMPT[:16], 10)
+    wanted = score(load_runner(path, ReferenceBackend(), ENGINE), PROMPT[:16])
+    assert np.abs(found - wanted).max() < 1e-2 * np.ptp(wanted, axis=1).min()
+    operations = made[0].operations
+    gated = [one for one in operations if isinstance(one, Linear) and one.glu is not None]
+    assert {one.glu for one in gated} == {glu}
+    assert len(gated) == tiny.layers
+    assert not [one for one in operations if isinstance(one, Gated)]
+    assert {one.out.buffer.dtype for one in gated} == {torch.float16}
+
+
+def test_a_gated_unit_of_two_formats_is_a_launch(tmp_path: Path) -> None:
+    tiny = replace(MODELS["llama"], formats={"ffn_gate": GGMLType.Q8_0, "ffn_up": GGMLType.Q4_0})
+    operations = kinds(tiny, tmp_path)
+    assert len([one for one in operations if isinstance(one, Gated)]) == tiny.layers
+    assert all(one.glu is None for one in operations if isinstance(one, Linear))
+
+
+def test_only_what_is_a_product_s_two_halves_is_gated_in_it() -> None:
+    fmt = BY_NAME["Q8_0"]
+    rows = np.zeros((32, 34), np.uint8)
+    for gated, halves, other, fused in (
+        (True, (0, 16), False, True),
+        (False, (0, 16), False, False),  # rows do not alternate
+        (True, (16, 0), False, False),  # gates are the first half
+        (True, (0, 16), True, False),  # someone else wants the product
+    ):
+        (part,) = Uploader(CPU).weight([Matrix("w", fmt, 32, 32, rows)], gated=gated).parts
+        x, out, y = fresh(32, Rows.TOKENS), fresh(32, Rows.TOKENS), fresh(16, Rows.TOKENS)
+        gate, up = (out.columns(column, 16) for column in halves)
+        operations: list[Operation] = [
+            Linear(x=x, weight=part.weight, out=out),
+            Gated(kind=Glu.SWIGLU, gate=gate, up=up, out=y),
+        ]
+        if other:
+            operations.append(Gelu(x=out, out=fresh(32, Rows.TOKENS)))
+        last = fresh(16, Rows.TOKENS)
+        operations.append(Add(x=fresh(16, Rows.TOKENS), y=y, out=last))
+        found = fuse(operations, last)
+        assert [one.glu for one in found if isinstance(one, Linear)] == [Glu.SWIGLU if fused else None]
+        assert len([one for one in found if isinstance(one, Gated)]) == (0 if fused else 1)
+        assert [type(one) for one in found].count(Add) == 1  # a gated product takes no residual
 
 
 def test_embeddings_are_scaled_where_they_are_read(tmp_path: Path) -> None:

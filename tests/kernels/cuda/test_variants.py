@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from gpu_weights import packed_tiles, random_rows
 from worker_orcd import quant
 from worker_orcd.errors import UnsupportedFormat
-from worker_orcd.kernels.backend import Matrix
+from worker_orcd.kernels.backend import Glu, Matrix
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 from worker_orcd.kernels.cuda.launch import Products
 from worker_orcd.kernels.cuda.variants import (
@@ -24,7 +26,7 @@ from worker_orcd.kernels.cuda.variants import (
     choose_tile,
     shape_of,
 )
-from worker_orcd.kernels.cuda.weights import MAX_EXPONENT, PackedMatrix, pack, upload
+from worker_orcd.kernels.cuda.weights import MAX_EXPONENT, PackedMatrix, Uploader, alternate, pack, upload
 from worker_orcd.quant import WeightFormat
 
 each_format = pytest.mark.parametrize("name", FORMATS)
@@ -118,6 +120,57 @@ def test_tiles_for_timing_are_a_packed_matrix(name: str) -> None:
     assert np.array_equal(rows, np.concatenate([one, one]))
 
 
+def unpacked(weight: PackedMatrix) -> NDArray[np.uint8]:
+    """Rows as they were before they were packed."""
+    shape, data = weight.shape, bytes(weight.words.untyped_storage())
+    return shape.layout.unpack(np.frombuffer(data, np.uint8), weight.n, shape.k, shape.step)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F16", "MXFP4"])
+def test_rows_of_gates_and_what_goes_with_them_alternate(name: str, parts: int) -> None:
+    fmt = quant.BY_NAME[name]
+    rows, bias = random_rows(fmt, 144, 256), np.arange(144, dtype=np.float32)
+    matrices = [Matrix(name, fmt, 144 // parts, 256, half) for half in np.split(rows, parts)]
+    weight = Uploader(torch.device("cpu")).weight(matrices, np.split(bias, parts), gated=True)
+    (part,) = weight.parts
+    assert isinstance(part.weight, PackedMatrix) and part.weight.paired
+    assert (weight.n, part.n, part.weight.n) == (144, 144, 144)
+    groups = unpacked(part.weight).reshape(9, 2, 8, -1)
+    assert np.array_equal(groups[:, 0].reshape(72, -1), rows[:72])
+    assert np.array_equal(groups[:, 1].reshape(72, -1), rows[72:])
+    assert part.bias is not None
+    assert part.bias.view(9, 2, 8)[1].tolist() == [list(range(8, 16)), list(range(80, 88))]
+
+
+def test_rows_that_cannot_alternate_stay_in_order() -> None:
+    def matrix(name: str, n: int) -> Matrix:
+        fmt = quant.BY_NAME[name]
+        return Matrix(name, fmt, n, 256, random_rows(fmt, n, 256))
+
+    q8 = matrix("Q8_0", 16)
+    for parts, gated in (
+        ([q8, q8], False),
+        ([q8, matrix("Q4_0", 16)], True),
+        ([q8, matrix("Q8_0", 32)], True),
+        ([q8, q8, q8, q8], True),
+        ([matrix("Q8_0", 12), matrix("Q8_0", 12)], True),
+        ([matrix("Q8_0", 24)], True),
+        ([matrix("F32", 16), matrix("F32", 16)], True),  # small: multiplied by as it is
+    ):
+        weight = Uploader(torch.device("cpu")).weight(parts, gated=gated)
+        assert sum(part.n for part in weight.parts) == weight.n == sum(part.n for part in parts)
+        for part in weight.parts:
+            if isinstance(part.weight, PackedMatrix):
+                assert not part.weight.paired
+                first = parts[0] if part.column == 0 else parts[1]
+                assert np.array_equal(unpacked(part.weight)[: first.n], first.data)
+
+
+def test_alternating_moves_whole_groups() -> None:
+    assert alternate(torch.arange(32)).tolist() == [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
+
+
 # -- launches: the arguments, without a GPU ----------------------------------------------------------------
 
 
@@ -160,6 +213,36 @@ def test_a_launch_has_an_argument_for_every_parameter() -> None:
     assert names["stride"] == 200
     constants = dict(launch.kernel.constants)
     assert constants["RESIDUAL"] and not constants["BIAS"]
+
+
+def test_a_gated_product_knows_what_it_is_given() -> None:
+    made: list[Launch] = []
+
+    def compile(kernel: Kernel, capability: int) -> Launch:
+        made.append(Launch(kernel, capability))
+        return made[-1]
+
+    products = Products(Kernels(torch.device("cpu"), 90, compile))
+    weight = packed("Q4_0", 144, 128)
+    paired = dataclasses.replace(weight, paired=True)
+    x = torch.zeros(3, 128, dtype=torch.float16)
+    out, half = torch.zeros(3, 144), torch.zeros(3, 72, dtype=torch.float16)
+    products.linear(x, paired, half, glu=Glu.GEGLU)
+    products.linear(x, paired, out)
+    products.linear(x, weight, out)
+    constants = [dict(launch.kernel.constants) for launch in made]
+    assert [(one["PAIRED"], one["GLU"]) for one in constants] == [(True, "geglu"), (True, ""), (False, "")]
+    assert [dict(launch.kernel.arguments)["y"] for launch in made] == ["*fp16", "*fp32", "*fp32"]
+    assert [launch.kernel.aligned for launch in made] == [("n",), ("n", "stride"), ("n", "stride")]
+    assert [launch.kernel.fused for launch in made] == [False, True, True]
+    with pytest.raises(ValueError, match="gates"):
+        products.linear(x, weight, half, glu=Glu.SWIGLU)
+    with pytest.raises(ValueError, match="no residual"):
+        products.linear(x, paired, half, residual=half, glu=Glu.SWIGLU)
+    with pytest.raises(ValueError, match=r"144 rows: out is \(3, 144\)"):
+        products.linear(x, paired, out, glu=Glu.SWIGLU)
+    with pytest.raises(ValueError, match=r"144 rows: out is \(3, 72\)"):
+        products.linear(x, paired, half)
 
 
 def test_a_split_product_needs_room_for_its_parts() -> None:

@@ -83,6 +83,10 @@ class TorchLauncher:
         y = x.double() @ unpacked(one.weight).double().T
         if one.bias is not None:
             y = y + one.bias
+        if isinstance(one.weight, PackedMatrix) and one.weight.paired:
+            gate, up = y.view(len(y), -1, 2, 8).unbind(2)
+            gate, up = (half.reshape(len(y), -1) for half in (gate, up))
+            y = torch.cat((gate, up), dim=1) if one.glu is None else gated(one.glu, gate, up)
         if one.residual is not None:
             y = y + view(one.residual)
         view(one.out).copy_(y)

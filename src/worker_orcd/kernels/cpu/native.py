@@ -104,9 +104,15 @@ class NativeBackend:
         return available_memory()
 
     def matrix(
-        self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()
+        self,
+        parts: Sequence[Matrix],
+        bias: Sequence[NDArray[np.float32] | None] = (),
+        *,
+        gated: bool = False,
     ) -> NativeWeight:
-        """Raises UnsupportedFormat naming the tensor; InsufficientMemory."""
+        """Rows lie as they come, `gated` or not. Raises UnsupportedFormat naming the tensor;
+        InsufficientMemory.
+        """
         return pack_matrices(self._library, parts, bias, self._threads)
 
     def experts(

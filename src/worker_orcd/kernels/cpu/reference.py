@@ -91,8 +91,13 @@ class ReferenceBackend:
         return available_memory()
 
     def matrix(
-        self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()
+        self,
+        parts: Sequence[Matrix],
+        bias: Sequence[NDArray[np.float32] | None] = (),
+        *,
+        gated: bool = False,
     ) -> ReferenceWeight:
+        """Rows lie as they come, `gated` or not."""
         return ReferenceWeight(tuple(_owned(part) for part in parts), join_bias(parts, bias))
 
     def experts(

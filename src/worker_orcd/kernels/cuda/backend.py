@@ -116,10 +116,16 @@ class CudaBackend:
         free, _total = torch.cuda.mem_get_info(self._device)
         return free
 
-    def matrix(self, parts: Sequence[Matrix], bias: Sequence[NDArray[np.float32] | None] = ()) -> CudaWeight:
+    def matrix(
+        self,
+        parts: Sequence[Matrix],
+        bias: Sequence[NDArray[np.float32] | None] = (),
+        *,
+        gated: bool = False,
+    ) -> CudaWeight:
         """Raises UnsupportedFormat naming the tensor; InsufficientMemory."""
         try:
-            return self._uploader.weight(parts, bias)
+            return self._uploader.weight(parts, bias, gated=gated)
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{parts[0].name} does not fit into the GPU's memory") from error
 

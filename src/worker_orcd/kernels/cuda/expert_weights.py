@@ -19,11 +19,9 @@ from worker_orcd.kernels.backend import Matrix
 from worker_orcd.kernels.cuda.contract import num_expert_chunks
 from worker_orcd.kernels.cuda.repack import repack
 from worker_orcd.kernels.cuda.variants import Shape
-from worker_orcd.kernels.cuda.weights import PackedMatrix, Uploader, check, upload
+from worker_orcd.kernels.cuda.weights import GROUP, PackedMatrix, Uploader, check, upload
 from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.gpu_layout import TILE
-
-GROUP = 8  # rows of gates, and of what goes with them, that alternate
 
 
 @dataclass(frozen=True, slots=True)

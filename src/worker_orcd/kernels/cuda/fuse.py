@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 
@@ -38,7 +39,8 @@ from worker_orcd.kernels.cuda.program import (
 from worker_orcd.kernels.cuda.weights import PackedMatrix
 
 ATTENTION_DTYPE = torch.float16  # of q, and of K and V in the cache
-_TYPED = (Norm, Gated, Gelu, Attend, ExpertLinear, Cast, Take)  # operations that can round what they write
+# Operations that can round what they write; beside them products that end in a gated unit.
+_TYPED = (Norm, Gated, Gelu, Attend, ExpertLinear, Cast, Take)
 
 
 def fuse(operations: Sequence[Operation], result: Value) -> list[Operation]:
@@ -138,10 +140,22 @@ def _gate_in_products(operations: Sequence[Operation]) -> list[Operation]:
     for one in operations:
         if isinstance(one, Gated) and uses[one.gate.buffer] == 1 and one.gate.buffer is one.up.buffer:
             product, *others = writers[one.gate.buffer]
-            if not others and isinstance(product, ExpertLinear) and product.weight.paired:
+            halves = one.gate.column == 0 and one.up.column == one.gate.width == one.gate.buffer.width // 2
+            if not others and halves and _is_paired(product):
                 gone.add(one)
                 changed[product] = replace(product, glu=one.kind, out=one.out)
     return [changed.get(one, one) for one in operations if one not in gone]
+
+
+def _is_paired(product: Operation) -> TypeGuard[Linear | ExpertLinear]:
+    """Whether it is a product whose programs have gates and what goes with them."""
+    match product:
+        case ExpertLinear():
+            return product.weight.paired
+        case Linear(weight=PackedMatrix() as weight):
+            return weight.paired
+        case _:
+            return False
 
 
 def _add_to_products(operations: Sequence[Operation], result: Value) -> list[Operation]:
@@ -153,7 +167,7 @@ def _add_to_products(operations: Sequence[Operation], result: Value) -> list[Ope
         if not isinstance(one, Add) or one.y.buffer is result.buffer or uses[one.y.buffer] != 1:
             continue
         products = writers[one.y.buffer]
-        if not one.y.is_whole or not all(isinstance(product, Linear | Combine) for product in products):
+        if not one.y.is_whole or not all(_can_add(product) for product in products):
             continue
         gone.add(one)
         for product in products:
@@ -163,6 +177,14 @@ def _add_to_products(operations: Sequence[Operation], result: Value) -> list[Ope
                     product, residual=one.x.columns(column, width), out=one.out.columns(column, width)
                 )
     return [changed.get(one, one) for one in operations if one not in gone]
+
+
+def _can_add(product: Operation) -> bool:
+    return isinstance(product, Combine) or (isinstance(product, Linear) and product.glu is None)
+
+
+def _can_round(writer: Operation) -> bool:
+    return isinstance(writer, _TYPED) or (isinstance(writer, Linear) and writer.glu is not None)
 
 
 def _operand(one: Operation) -> torch.dtype | None:
@@ -186,7 +208,7 @@ def _round(operations: Sequence[Operation], result: Value) -> list[Operation]:
             wanted.setdefault(value.buffer, set()).add(_operand(one) if is_x else None)
     for buffer, dtypes in wanted.items():
         (dtype, *others) = dtypes
-        typed = all(isinstance(writer, _TYPED) for writer in writers.get(buffer, ()))
+        typed = all(_can_round(writer) for writer in writers.get(buffer, ()))
         if dtype is not None and not others and typed and buffer is not result.buffer:
             buffer.dtype = dtype
     rounded: list[Operation] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.variants import (
     MAX_SPLIT_TOKENS,
@@ -45,22 +46,33 @@ class Products:
         *,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
-        glu: bool = False,
+        glu: Glu | None = None,
         tile: Tile | None = None,
     ) -> torch.Tensor:
         """`out` (tokens, n) = x (tokens, k) @ weight.T, then + bias (n,), then + residual (tokens, n).
 
-        x is of `weight.operand`, bias and residual float32. With `glu`, rows of gate and up alternate, eight
-        and eight, and out (tokens, n / 2) is silu(gate) * up. All contiguous, on this device.
+        x is of `weight.operand`, bias (in the order of the weight's rows) and residual float32. With `glu`,
+        of a paired weight, out is (tokens, n / 2); without, the gates of a paired weight are the first half
+        of the columns. x is contiguous; rows of out and residual may be further apart than they are long, by
+        the same distance. All on this device.
         """
         tokens, n = len(x), weight.n
+        if glu is not None and (residual is not None or not weight.paired):
+            raise ValueError("a gated unit needs a weight of gates and what goes with them, and no residual")
+        if out.shape != (tokens, n if glu is None else n // 2):
+            raise ValueError(f"{tokens} tokens, a weight of {n} rows: out is {tuple(out.shape)}")
         tile = tile or choose_tile(weight.shape, n, tokens, self._kernels.capability)
         if tile.split and weight.shape.chunks * tokens * n > len(self._partials):
             raise ValueError(f"a split product of {tokens} tokens needs more scratch memory: see reserve")
         epilogue = Epilogue(
-            bias=bias is not None, residual=residual is not None, glu=glu, out=_OUT[out.dtype]
+            bias=bias is not None,
+            residual=residual is not None,
+            paired=weight.paired,
+            glu=glu,
+            out=_OUT[out.dtype],
         )
-        variant = Variant(shape=weight.shape, tile=tile, epilogue=epilogue)
+        odd = out.stride(0) % 16 != 0
+        variant = Variant(shape=weight.shape, tile=tile, epilogue=epilogue, odd_stride=odd)
         grid = -(-n // tile.rows), -(-tokens // tile.tokens), weight.shape.chunks if tile.split else 1
         self._kernels.launch(
             variant.kernel(), grid,

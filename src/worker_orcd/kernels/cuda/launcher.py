@@ -109,7 +109,9 @@ class KernelLauncher:
         x, out = view(one.x), view(one.out)
         residual = None if one.residual is None else view(one.residual)
         if isinstance(one.weight, PackedMatrix):
-            return partial(self._products.linear, x, one.weight, out, bias=one.bias, residual=residual)
+            return partial(
+                self._products.linear, x, one.weight, out, bias=one.bias, residual=residual, glu=one.glu
+            )
         product = partial(self._operations.linear_f32, x, one.weight, one.bias, out)
         if residual is None:
             return product

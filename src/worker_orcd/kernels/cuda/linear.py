@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker_orcd.kernels.cuda.elementwise import applied, rounded
 from worker_orcd.kernels.cuda.formats import load_weights, multiply
 
 
@@ -73,29 +74,33 @@ def sum_of_parts(part, apart, mask, CHUNKS: tl.constexpr, ROWS: tl.constexpr, TO
 
 
 @triton.jit
-def finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU: tl.constexpr, BIAS: tl.constexpr,
-           RESIDUAL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED: tl.constexpr,
+           GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
+           TOKENS: tl.constexpr):  # fmt: skip
     """What is done to a finished sum on its way out. `n` outputs; with GLU half as many columns.
 
-    `stride`: from a token to the next in y and residual.
+    PAIRED: eight rows are gates, the next eight what goes with them. GLU is an operation of
+    `elementwise.applied`. `stride`: from a token to the next in y and residual.
     """
     out = pn * ROWS + tl.arange(0, ROWS)
     if BIAS:
         total += tl.load(bias + out, mask=out < n, other=0.0)[:, None]
-    if GLU:
-        # Eight rows of gates, then the eight that go with them.
+    if GLU != "":
         pairs = tl.permute(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
         gate, up = tl.split(pairs)
-        value = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (ROWS // 2, TOKENS))
+        value = tl.reshape(applied(gate, up, 0.0, GLU), (ROWS // 2, TOKENS))
         half = pn * (ROWS // 2) + tl.arange(0, ROWS // 2)
         mask = (half < n // 2)[:, None] & token_mask
-        tl.store(y + token[None, :] * stride + half[:, None], value.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + token[None, :] * stride + half[:, None], rounded(value, y), mask=mask)
     else:
         mask = (out < n)[:, None] & token_mask
-        at = token[None, :] * stride + out[:, None]
+        column = out
+        if PAIRED:
+            column = out // 8 % 2 * (n // 2) + out // 16 * 8 + out % 8
+        at = token[None, :] * stride + column[:, None]
         if RESIDUAL:
             total += tl.load(residual + at, mask=mask, other=0.0)
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + at, rounded(total, y), mask=mask)
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
            FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
            PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
            SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-           GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+           PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
            PORTABLE: tl.constexpr):  # fmt: skip
     """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
     pn = tl.program_id(0)
@@ -129,7 +134,8 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
                                CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
                                PORTABLE)  # fmt: skip
     if CHUNKS == 1 or not SPLIT:
-        finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS, TOKENS)
+        finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED, GLU, BIAS, RESIDUAL, ROWS,
+               TOKENS)  # fmt: skip
     else:
         out = pn * ROWS + rows
         mask = (out < n)[:, None] & token_mask
@@ -140,6 +146,6 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if finished == CHUNKS - 1:
             total = sum_of_parts(part, tokens * n, mask, CHUNKS, ROWS, TOKENS)
-            finish(total, y, bias, residual, n, stride, token, token_mask, pn, GLU, BIAS, RESIDUAL, ROWS,
-                   TOKENS)  # fmt: skip
+            finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED, GLU, BIAS, RESIDUAL,
+                   ROWS, TOKENS)  # fmt: skip
             tl.store(counter, 0)

@@ -105,6 +105,7 @@ class Linear(Operation):
     weight: PackedMatrix | torch.Tensor
     bias: torch.Tensor | None = None
     residual: Value | None = None  # added
+    glu: Glu | None = None  # of a paired weight, without a residual: `out` is half as wide
     out: Value
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda.compiler import Kernel, compile_kernel
 from worker_orcd.kernels.cuda.contract import WANTED_PROGRAMS, num_chunks
 from worker_orcd.quant import BY_NAME
@@ -69,7 +70,8 @@ class Epilogue:
 
     bias: bool = False
     residual: bool = False  # added, float32
-    glu: bool = False  # SwiGLU of gate and up rows, eight and eight
+    paired: bool = False  # rows are eight gates, then the eight that go with them
+    glu: Glu | None = None  # of a paired weight
     out: str = "fp32"  # or fp16, bf16
 
 
@@ -80,6 +82,7 @@ class Variant:
     shape: Shape
     tile: Tile
     epilogue: Epilogue = Epilogue()
+    odd_stride: bool = False  # outputs of a token and the next are no multiple of 16 apart
     portable: bool = False  # plain Triton throughout, for the interpreter
 
     def constants(self) -> dict[str, Any]:
@@ -99,7 +102,8 @@ class Variant:
             "ROWS": tile.rows,
             "TOKENS": tile.tokens,
             "STAGES": tile.stages,
-            "GLU": epilogue.glu,
+            "PAIRED": epilogue.paired,
+            "GLU": "" if epilogue.glu is None else epilogue.glu.value,
             "BIAS": epilogue.bias,
             "RESIDUAL": epilogue.residual,
             "PORTABLE": self.portable,
@@ -113,14 +117,16 @@ class Variant:
             "y": f"*{self.epilogue.out}", "partials": "*fp32", "counters": "*i32", "bias": "*fp32",
             "residual": "*fp32", "n": "i32", "tokens": "i32", "stride": "i32",
         }  # fmt: skip
+        aligned = ("n",) if self.odd_stride else ("n", "stride")
         return Kernel(
             module="linear",
             function="linear",
             arguments=tuple(arguments.items()),
             constants=tuple(self.constants().items()),
-            aligned=("n", "stride") if self.shape.aligned else (),
+            aligned=aligned if self.shape.aligned else (),
             warps=self.tile.warps,
             stages=self.tile.stages,
+            fused=self.epilogue.glu is None,  # a gated unit has the bits that `elementwise` gives it
         )
 
 

@@ -2,7 +2,8 @@
 Weights on a GPU: packed, a buffer a matrix.
 
 Rows go from the file's mapping through a pinned buffer to the device and are packed there, a tensor at a
-time: beside the weights, that tensor as the file has it is the most that is alive.
+time: beside the weights, that tensor as the file has it is the most that is alive; twice, where its rows
+change places.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from worker_orcd.kernels.cuda.variants import Shape, shape_of
 from worker_orcd.quant.gpu_layout import TILE, GpuLayout
 
 MAX_UNPACKED = 256  # outputs of a float32 matrix, a router's, that is multiplied by without tensor cores
+GROUP = 8  # rows of gates, and of what goes with them, that alternate
 STAGING_BYTES = 32 << 20  # of each of two buffers
 MAX_EXPONENT = 128  # of MXFP4's bytes: scales up to 2. Beyond, bfloat16 cannot hold what the kernels need
 
@@ -38,6 +40,7 @@ class PackedMatrix:
     high: torch.Tensor  # `words` where there are none: a kernel must be given something
     headers: torch.Tensor  # likewise
     shifts: torch.Tensor  # (64,) uint16: how far each row's bits are up in its high word
+    paired: bool = False  # rows have been put in another order: see `alternate`
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +57,7 @@ class WeightPart:
     """A matrix whose outputs begin at `column` of its weight's."""
 
     weight: PackedMatrix | torch.Tensor  # a small float32 matrix (n, k) is not packed
-    bias: torch.Tensor | None  # (n,) float32
+    bias: torch.Tensor | None  # (n,) float32, in the order of the rows
     column: int
     n: int
 
@@ -100,7 +103,21 @@ def pack(matrix: Matrix, step: int = 0) -> tuple[Shape, NDArray[np.uint8]]:
     return shape, layout.pack(matrix.data, matrix.k, shape.step)
 
 
-def upload(shape: Shape, n: int, packed: torch.Tensor) -> PackedMatrix:
+def can_pair(parts: Sequence[Matrix]) -> bool:
+    """Whether rows can alternate: of a matrix of gates and what goes with them, or of a matrix of each."""
+    alike = all((part.format, part.n) == (parts[0].format, parts[0].n) for part in parts)
+    return alike and len(parts) <= 2 and sum(part.n for part in parts) % (2 * GROUP) == 0
+
+
+def alternate(rows: torch.Tensor) -> torch.Tensor:
+    """Of (n, …), the first half of which are gates: eight of them, then the eight that go with them.
+
+    So a kernel's program has both and can finish the gated unit.
+    """
+    return rows.view(2, -1, GROUP, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def upload(shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False) -> PackedMatrix:
     """Views of a packed matrix in `packed`, uint8, wherever it lies: start aligned to 16 bytes."""
     layout = shape.layout
     sections = layout.sections(n, shape.k, shape.step)
@@ -114,6 +131,7 @@ def upload(shape: Shape, n: int, packed: torch.Tensor) -> PackedMatrix:
         high=packed[high:headers].view(torch.uint16) if sections.high else words,
         headers=packed[headers : sections.size].view(torch.uint32) if sections.headers else words,
         shifts=shifts.to(torch.uint16),
+        paired=paired,
     )
 
 
@@ -136,6 +154,7 @@ class Uploader:
         bias: Sequence[NDArray[np.float32] | None] = (),
         *,
         packed: bool = False,
+        gated: bool = False,
     ) -> CudaWeight:
         """As `Backend.matrix`; `packed` even where small and float32. Raises UnsupportedFormat."""
         biases = list(bias) or [None] * len(parts)
@@ -145,18 +164,25 @@ class Uploader:
             indices = list(run)
             matrices = [parts[index] for index in indices]
             n = sum(matrix.n for matrix in matrices)
+            paired = False
             if matrices[0].format.name == "F32" and n <= MAX_UNPACKED and not packed:
                 weight = self.rows([matrix.data for matrix in matrices]).view(torch.float32)
             else:
-                weight = self.matrix(matrices)
+                paired = gated and len(matrices) == len(parts) and can_pair(matrices)
+                weight = self.matrix(matrices, paired=paired)
             values = _joined(matrices, [biases[index] for index in indices])
             joined = None if values is None else torch.as_tensor(values, device=self.device)
+            if joined is not None and paired:
+                joined = alternate(joined)
             made.append(WeightPart(weight, joined, column, n))
             column += n
         return CudaWeight(tuple(made), column, parts[0].k)
 
-    def matrix(self, parts: Sequence[Matrix]) -> PackedMatrix:
-        """Parts of one format and k as one matrix, outputs in order. Raises UnsupportedFormat."""
+    def matrix(self, parts: Sequence[Matrix], *, paired: bool = False) -> PackedMatrix:
+        """Parts of one format and k as one matrix, outputs in order, or if `paired` as `alternate` has them.
+
+        Raises UnsupportedFormat.
+        """
         layouts = [check(part) for part in parts]
         first, n = parts[0], sum(part.n for part in parts)
         shape = shape_of(first.format.name, n, first.k)
@@ -165,8 +191,8 @@ class Uploader:
             layout.sections(n, first.k, shape.step).size, dtype=torch.uint8, device=self.device
         )
         rows = self.rows([part.data for part in parts])
-        repack(rows, layout, first.k, shape.step, packed)
-        return upload(shape, n, packed)
+        repack(alternate(rows) if paired else rows, layout, first.k, shape.step, packed)
+        return upload(shape, n, packed, paired=paired)
 
     def rows(self, arrays: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
         """Arrays of equally long rows, one below the other, on the device."""
