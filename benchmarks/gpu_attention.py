@@ -17,17 +17,14 @@ goes to a JSON file as it comes; the lines are printed again last. Ends with 1 i
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu_attention_steps import Step, exact, head_params, random_step
 from gpu_attention_times import measure, tune
-from gpu_session import Session
+from gpu_session import Session, parser_of, run_parts
 from worker_orcd.kernels.backend import AttentionParams, Limits
 from worker_orcd.kernels.cuda.attend import Attention, Tile, choose_tile
 
@@ -193,24 +190,9 @@ PARTS: dict[str, Callable[[Session], None]] = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=["correct", "same", "fast"])
-    parser.add_argument("--out", type=Path, default=Path("gpu_attention.json"))
-    parser.add_argument("--commit", help="default: ask git")
-    return parser.parse_args()
-
-
 def main() -> None:
-    session = Session(arguments())
-    session.say(str(session.results["stamp"]))
-    for part in session.args.only:
-        session.run(PARTS[part])
-    print("\n" + "\n".join(session.lines))
-    print(f"{session.failures} failures; {session.args.out}")
-    sys.exit(1 if session.failures else 0)
+    parser = parser_of(__doc__, PARTS, "gpu_attention.json", default=("correct", "same", "fast"))
+    run_parts(parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

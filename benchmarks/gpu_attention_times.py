@@ -11,7 +11,7 @@ import torch
 
 from gpu_attention_steps import head_params
 from gpu_session import Session
-from gpu_timing import LARGER_THAN_L2, copy_bandwidth
+from gpu_timing import LARGER_THAN_L2
 from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
 from worker_orcd.kernels.cuda.attend import Attention
 
@@ -101,11 +101,7 @@ def times(
 
 
 def measure(session: Session) -> None:
-    copy = 1.0
-    if not session.recording:
-        copy = copy_bandwidth()
-        session.save("copy_gb_per_s", copy)
-        session.say(f"device copy {copy:.0f} GB/s")
+    copy = session.copy_bandwidth()
     found: list[dict[str, Any]] = []
     for model in MODELS:
         session.say(f"{model.name}: µs of a layer (GB/s of keys and values, share of copy), of planning")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from gpu_session import Session
-from gpu_timing import copy_bandwidth
 from gpu_weights import packed_tiles
 from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda.expert_products import MAX_PAIR_TOKENS, ExpertProducts, Order, choose_width
@@ -153,11 +152,7 @@ class Layer:
 
 
 def measure(session: Session) -> None:
-    copy = 1.0
-    if not session.recording:
-        copy = copy_bandwidth()
-        session.save("copy_gb_per_s", copy)
-        session.say(f"device copy {copy:.0f} GB/s")
+    copy = session.copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for model in MODELS:
         layer = Layer(session, model)

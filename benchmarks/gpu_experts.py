@@ -17,18 +17,15 @@ lines are printed again last. Ends with 1 if a check failed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from gpu_expert_times import WIDTHS, measure, random_experts, tune
-from gpu_session import Session
+from gpu_session import Session, parser_of, run_parts
 from gpu_weights import random_rows
 from worker_orcd.kernels.backend import CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT, Glu, Matrix
 from worker_orcd.kernels.cuda.expert_products import MAX_PAIR_TOKENS, ExpertProducts, choose_width
@@ -255,25 +252,10 @@ PARTS: dict[str, Callable[[Session], None]] = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=["correct", "same", "fast"])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS_CHECKED))
-    parser.add_argument("--out", type=Path, default=Path("gpu_experts.json"))
-    parser.add_argument("--commit", help="default: ask git")
-    return parser.parse_args()
-
-
 def main() -> None:
-    session = Session(arguments())
-    session.say(str(session.results["stamp"]))
-    for part in session.args.only:
-        session.run(PARTS[part])
-    print("\n" + "\n".join(session.lines))
-    print(f"{session.failures} failures; {session.args.out}")
-    sys.exit(1 if session.failures else 0)
+    parser = parser_of(__doc__, PARTS, "gpu_experts.json", default=("correct", "same", "fast"))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS_CHECKED))
+    run_parts(parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

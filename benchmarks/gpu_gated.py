@@ -14,20 +14,17 @@ comes; the lines are printed again last. Ends with 1 if a check failed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from gpu_experts import bits, blank, gated
 from gpu_linear import tiles
-from gpu_session import Session
-from gpu_timing import LARGER_THAN_L2, copy_bandwidth
+from gpu_session import Session, parser_of, run_parts
+from gpu_timing import LARGER_THAN_L2
 from gpu_weights import packed_tiles, random_rows
 from worker_orcd.kernels.backend import Glu, Matrix
 from worker_orcd.kernels.cuda.launch import Products
@@ -174,7 +171,7 @@ def rotation(session: Session, name: str, n: int, k: int) -> list[PackedMatrix]:
 def measure(session: Session) -> None:
     """Microseconds of the product alone, with the unit after it, and with the unit in it."""
     products, operations = Products(session.kernels), Operations(session.kernels)
-    session.say(f"device copy {1.0 if session.recording else copy_bandwidth():.0f} GB/s")
+    session.copy_bandwidth()
     session.say("µs: product, product and unit, unit in the product (the faster by)")
     rows: list[dict[str, object]] = []
     for name, gates, k in FAST_SHAPES:
@@ -218,25 +215,10 @@ PARTS: dict[str, Callable[[Session], None]] = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS_CHECKED))
-    parser.add_argument("--out", type=Path, default=Path("gpu_gated.json"))
-    parser.add_argument("--commit", help="default: ask git")
-    return parser.parse_args()
-
-
 def main() -> None:
-    session = Session(arguments())
-    session.say(str(session.results["stamp"]))
-    for part in session.args.only:
-        session.run(PARTS[part])
-    print("\n" + "\n".join(session.lines))
-    print(f"{session.failures} failures; {session.args.out}")
-    sys.exit(1 if session.failures else 0)
+    parser = parser_of(__doc__, PARTS, "gpu_gated.json")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS_CHECKED))
+    run_parts(parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

@@ -150,13 +150,19 @@ def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, g
 
 def in_batch(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
     """Logits of every token, all prompts in one step."""
+    return runner.logits(Step(tuple(Row(one, len(one.token_ids)) for one in sequences_of(runner, prompts))))
+
+
+def sequences_of(runner: ModelRunner, prompts: list[list[int]], *, computed: bool = False) -> list[Sequence]:
+    """One a prompt, with blocks of its own; `computed`: all tokens but the last are in the cache."""
     size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
-    rows, block = [], 1
+    sequences, block = [], 1
     for number, prompt in enumerate(prompts):
         blocks = -(-len(prompt) // size)
-        rows.append(Row(sequence(number, prompt, block, blocks, groups), len(prompt)))
+        sequences.append(sequence(number, prompt, block, blocks, groups))
+        sequences[-1].num_computed_tokens = len(prompt) - 1 if computed else 0
         block += blocks
-    return runner.logits(Step(tuple(rows)))
+    return sequences
 
 
 def check_real(session: Session, path: Path) -> None:
@@ -225,10 +231,10 @@ DRAWS: tuple[dict[str, Any], ...] = (
 
 def check_draws(session: Session, name: str, runner: ModelRunner, prompts: list[list[int]]) -> None:
     """What a step draws on the device, beside what the host draws from the same step's logits."""
-    logits, sequences = last_logits(runner, prompts), []
-    for number, one in enumerate(decodes(runner, prompts)):
+    logits = last_logits(runner, prompts)
+    sequences = sequences_of(runner, prompts, computed=True)
+    for number, one in enumerate(sequences):
         one.sampling = SamplingParams(seed=number, **DRAWS[number % len(DRAWS)])
-        sequences.append(one)
     drawn = runner.launch(Step(tuple(Row(one, 1) for one in sequences))).wait()
     host = Sampler(runner.vocab_size)
     wrong = sum(
@@ -241,23 +247,9 @@ def check_draws(session: Session, name: str, runner: ModelRunner, prompts: list[
     session.say(f"{name}: {wrong} of {len(drawn)} tokens drawn by a step are not the host's", ok=not wrong)
 
 
-def decodes(runner: ModelRunner, prompts: list[list[int]]) -> list[Sequence]:
-    """A sequence a prompt, with blocks of its own, of which all but the last token count as computed."""
-    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
-    sequences, block = [], 1
-    for number, prompt in enumerate(prompts):
-        blocks = -(-len(prompt) // size)
-        sequences.append(sequence(number, prompt, block, blocks, groups))
-        sequences[-1].num_computed_tokens = len(prompt) - 1
-        block += blocks
-    return sequences
-
-
 def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
     """Of the last token of each prompt: all but it in steps of their own, then one decode step of all."""
-    sequences = decodes(runner, prompts)
-    for one in sequences:
-        one.num_computed_tokens = 0
+    sequences = sequences_of(runner, prompts)
     for some in grouped(sequences, runner.limits.max_tokens):
         runner.launch(Step(tuple(Row(one, len(one.token_ids) - 1) for one in some))).wait()
     for one in sequences:
@@ -309,16 +301,9 @@ def time_model(session: Session, path: Path) -> None:
 
 def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) -> tuple[float, float]:
     """Microseconds of the graph alone, and of a whole step as the engine sees it."""
-    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
-    blocks = -(-(context + 1) // size)
     random = np.random.default_rng(rows)
-    sequences = []
-    for number in range(rows):
-        ids = random.integers(0, min(runner.vocab_size, 30000), context + 1).tolist()
-        one = sequence(number, ids, 1 + number * blocks, blocks, groups)
-        one.num_computed_tokens = context
-        sequences.append(one)
-    whole = Step(tuple(Row(one, 1) for one in sequences))
+    prompts = random.integers(0, min(runner.vocab_size, 30000), (rows, context + 1)).tolist()
+    whole = Step(tuple(Row(one, 1) for one in sequences_of(runner, prompts, computed=True)))
     for _ in range(3):
         runner.launch(whole).wait()
     times = []
@@ -349,14 +334,10 @@ def profile_model(session: Session, path: Path) -> None:
 
 
 def time_prompt(runner: ModelRunner, step: CudaStep, tokens: int) -> float:
-    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
     length = min(tokens, 512)
-    blocks = -(-length // size)
     random = np.random.default_rng(tokens)
-    rows = []
-    for number in range(tokens // length):
-        ids = random.integers(0, min(runner.vocab_size, 30000), length).tolist()
-        rows.append(Row(sequence(number, ids, 1 + number * blocks, blocks, groups), length))
+    prompts = random.integers(0, min(runner.vocab_size, 30000), (tokens // length, length)).tolist()
+    rows = [Row(one, length) for one in sequences_of(runner, prompts)]
     runner.launch(Step(tuple(rows))).wait()
     return replay(step, Counts(tokens, len(rows), len(rows)))
 

@@ -46,7 +46,8 @@ class ModelRunner:
             return decoder.forward(inputs, self.caches)
 
         self._batch = Batch(inputs, self.limits, plan.kv_groups, vocab_size=config.vocab_size)
-        self._compiled = backend.compile(forward, inputs, self.limits)
+        self._compiled = compiled = backend.compile(forward, inputs, self.limits)
+        self._drawing = compiled if isinstance(compiled, DrawingForward) else None
         self._sampler = Sampler(config.vocab_size)
         self._busy = False
 
@@ -54,13 +55,12 @@ class ModelRunner:
         """Copy what the step needs; its sequences may change afterwards. Raises EngineError."""
         counts = self._begin(step, every_logit=False)
         draws = (Draw.of(row.sequence) if row.samples else None for row in step.rows)
-        compiled = self._compiled
-        if not isinstance(compiled, DrawingForward):
+        if self._drawing is None:
             made = list(draws)
             return _PendingStep(lambda: self._draw_here(counts, made))
         try:
             with _in_our_terms():
-                results = compiled.launch(counts, draws)
+                results = self._drawing.launch(counts, draws)
         except EngineError:
             self._busy = False
             raise

@@ -324,11 +324,9 @@ class CudaBackend:
             if result.width <= MAX_VOCAB:
                 sampler = DeviceSampler(self._kernels, result.width, limits.max_rows)
             executor.warm(self._on_compile, sampler)
-        return (
-            CudaStep(executor, self._device)
-            if sampler is None
-            else DrawingStep(executor, self._device, sampler)
-        )
+        if sampler is None:
+            return CudaStep(executor, self._device)
+        return DrawingStep(executor, self._device, sampler)
 
     def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
         activations = 6 * limits.max_tokens * (widest + 64)

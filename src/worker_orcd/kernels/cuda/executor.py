@@ -92,9 +92,7 @@ def _up(size: int, multiple: int) -> int:
 
 def buckets(limits: Limits) -> list[Bucket]:
     """All that steps are padded to, the smallest first: few sizes, and no step much larger than it is."""
-    few = [
-        size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256) if size < limits.max_rows
-    ]
+    few = [size for size in _DECODES if size < limits.max_rows]
     decodes = [Bucket(size, size) for size in [*few, limits.max_rows] if size <= limits.max_tokens]
     many = [size for size in _PROMPTS if size < limits.max_tokens]
     prompts = [
