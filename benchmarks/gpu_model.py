@@ -20,16 +20,15 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_timing import copy_bandwidth, stamp
+from gpu_report import Session
+from gpu_timing import copy_bandwidth
 from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Backend, Counts
@@ -69,30 +68,6 @@ def load(path: Path, backend: Backend, engine: EngineConfig) -> ModelRunner:
         config = config.serving(plan.max_model_len)
         weights = load_weights(file, config, backend)
     return ModelRunner(Decoder(config, weights, backend), backend, plan, engine)
-
-
-class Session:
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.results: dict[str, Any] = {"stamp": stamp(args.commit)}
-        self.lines: list[str] = []
-        self.failed = 0
-
-    def say(self, line: str, *, ok: bool = True) -> None:
-        self.failed += not ok
-        self.lines.append(line if ok else f"{line}   <-- FAILED")
-        print(self.lines[-1], flush=True)
-
-    def keep(self, name: str, value: Any) -> None:
-        self.results[name] = value
-        self.args.out.write_text(json.dumps(self.results, indent=1))
-
-    def guarded(self, name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception:
-            traceback.print_exc()
-            self.say(f"{name}: an exception", ok=False)
 
 
 # -- right ---------------------------------------------------------------------------------------------------

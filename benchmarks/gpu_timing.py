@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from worker_orcd.version import REPRODUCIBILITY_CONTRACT
+
 LARGER_THAN_L2 = 256 << 20  # bytes that a pass over rotating weights must touch
 
 
@@ -56,27 +58,35 @@ def matmul_teraflops(n: int, k: int, tokens: int) -> float:
     return 2 * n * k * tokens / micro / 1e6
 
 
-def stamp(commit: str | None) -> dict[str, Any]:
-    """What a result must say of where it comes from."""
-    import triton
-
+def stamp(commit: str | None, device: str = "cuda") -> dict[str, Any]:
+    """What a result must say of where it comes from. `device`: cuda or cpu."""
     if commit is None:
         asked = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
         )
         commit = asked.stdout.strip() or "unknown"
+    machine = _gpu() if device == "cuda" else {"device": f"CPU, {platform.machine()}"}
+    return {
+        "commit": commit,
+        "contract": REPRODUCIBILITY_CONTRACT,
+        **machine,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    import triton
+
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     )
     properties = torch.cuda.get_device_properties(0)
     return {
-        "commit": commit,
         "device": properties.name,
         "capability": 10 * properties.major + properties.minor,
         "multiprocessors": properties.multi_processor_count,
         "driver": driver.stdout.strip(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "python": platform.python_version(),
     }

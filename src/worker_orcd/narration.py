@@ -17,8 +17,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any, Literal, TextIO
 
-import structlog
-
 Event = Literal[
     "startup",
     "model_load_start",
@@ -62,6 +60,8 @@ class Narration:
         log_prompts: bool = False,
         **fields: object,
     ) -> None:
+        import structlog  # here: an engine that is told where to narrate runs where it is not installed
+
         out: Any = _Stderr() if stream is None else stream
         self._out = out
         self.is_pretty = style == "pretty" or (style == "auto" and out.isatty())
@@ -137,6 +137,8 @@ def _known(fields: dict[str, object]) -> dict[str, Any]:
 
 
 def _processors(*, pretty: bool, colours: bool) -> list[Any]:
+    import structlog
+
     stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if pretty else "iso", utc=not pretty)
     if pretty:
         if colours:
