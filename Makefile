@@ -12,6 +12,11 @@ PORT ?=
 ONESHOT ?=
 MODEL ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
+
+# Where PYTHON is set the GPU scripts run with it as it is: nothing is installed, no network is needed.
+GPU_PYTHON := $(if $(PYTHON),$(PYTHON),$(BIN)/python)
+GPU_NEEDS := $(if $(PYTHON),,$(VENV)/.dev)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --constraint requirements/constraints.txt
@@ -29,6 +34,14 @@ run: $(VENV)/.compiled ## serve a model, show an answer, keep serving (MODEL=pat
 test: check $(VENV)/.dev $(VENV)/.compiled ## check, then every test that needs no GPU
 	@$(BIN)/worker-orcd fetch demo
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: gpu-check
+gpu-check: $(GPU_NEEDS) ## on a GPU: what must be right and the same (MODEL=files; OUT=; GPU_ARGS=; PYTHON=python3: no .venv)
+	$(GPU_PYTHON) benchmarks/gpu_suite.py check $(MODEL) $(GPU_ARGS)
+
+.PHONY: gpu-bench
+gpu-bench: $(GPU_NEEDS) ## on a GPU: how fast it is (the same variables)
+	$(GPU_PYTHON) benchmarks/gpu_suite.py bench $(MODEL) $(GPU_ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## style, types, layers
@@ -54,7 +67,7 @@ constraints: $(VENV)/.dev ## pin what is in .venv now
 
 .PHONY: clean
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist gpu-results src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

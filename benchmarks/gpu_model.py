@@ -6,10 +6,11 @@ Whole models on a GPU: right, the same bits whatever the batch, and how fast.
 
 Needs a GPU, torch, triton, numpy and, for `tiny`, the gguf package; no network. `tiny` compares logits with
 the reference backend's on the CPU, then every chunking and place in a batch with each other, bit for bit,
-with and without graphs. `real` compares a file's logits with the CPU's in float32. `same` does what `tiny`
-does for bits, with up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts;
-`profile` says which kernels a step of 1 and of 64 spends its time in. Results go to a JSON file as they
-come; a table is printed last.
+with and without graphs, and the bits with the digests in tests/data/gpu_goldens.json (`--update` writes
+them). `real` compares a file's logits with the CPU's in float32. `same` does what `tiny` does for bits, with
+up to 256 neighbours. `fast` times steps: of one sequence and many, and of prompts; `profile` says which
+kernels a step of 1 and of 64 spends its time in. Results go to a JSON file as they come; a table is printed
+last.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpu_goldens import GOLDENS, Goldens, digest
 from gpu_report import Session
 from gpu_timing import copy_bandwidth
 from worker_orcd.config import DeviceConfig, EngineConfig
@@ -84,15 +86,19 @@ def check_tiny(session: Session) -> None:
     from tiny_variants import VARIANTS, tiny_file
 
     prompt = np.random.default_rng(7).integers(0, 320, 300).tolist()
+    args, stamp = session.args, session.results["stamp"]
+    goldens = Goldens(args.goldens, stamp["device"], f"Triton {stamp['triton']}", update=args.update)
     with tempfile.TemporaryDirectory() as directory:
         for name, tiny in (MODELS | VARIANTS).items():
             if session.args.models and name not in session.args.models:
                 continue
             path = tiny_file(tiny).write(Path(directory) / f"{name}.gguf")
-            session.guarded(name, lambda name=name, path=path: check_one(session, name, path, prompt))
+            session.guarded(
+                name, lambda name=name, path=path: check_one(session, name, path, prompt, goldens)
+            )
 
 
-def check_one(session: Session, name: str, path: Path, prompt: list[int]) -> None:
+def check_one(session: Session, name: str, path: Path, prompt: list[int], goldens: Goldens) -> None:
     wanted = score(load(path, ReferenceBackend(), SMALL), prompt)
     runner = load(path, cuda(), SMALL)
     found = score(runner, prompt)
@@ -112,6 +118,9 @@ def check_one(session: Session, name: str, path: Path, prompt: list[int]) -> Non
         f" eager {eager} of {found.size}",
         ok=bool(error < allowed) and clean,
     )
+    told, as_pinned = goldens.check(name, found)
+    session.keep(f"golden {name}", {"sha256": digest(found), "as pinned": as_pinned, "told": told})
+    session.say(f"{name:14} {told}", ok=as_pinned)
 
 
 def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, groups: int) -> Sequence:
@@ -343,6 +352,8 @@ def main() -> None:
     parser.add_argument("--ids", type=Path, help="JSON: the token ids of `real`")
     parser.add_argument("--logits", type=Path, help=".npy: the reference's logits for them")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--goldens", type=Path, default=GOLDENS, help="digests that `tiny` compares with")
+    parser.add_argument("--update", action="store_true", help="write `tiny`'s digests there")
     parser.add_argument("--out", type=Path, default=Path("gpu_model.json"))
     parser.add_argument("--commit")
     session = Session(parser.parse_args())
