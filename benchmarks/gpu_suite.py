@@ -15,6 +15,7 @@ nothing about real ones.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -108,7 +109,8 @@ def run(part: Part, line: list[str], out: Path, limit: float) -> Ran:
     path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
     ran, started = Ran(part.name), time.monotonic()
     out.unlink(missing_ok=True)
-    process = subprocess.Popen(
+    late = threading.Event()
+    with subprocess.Popen(
         line,
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
@@ -116,21 +118,19 @@ def run(part: Part, line: list[str], out: Path, limit: float) -> Ran:
         text=True,
         errors="replace",
         start_new_session=True,
-    )
-    late = threading.Event()
+    ) as process:
 
-    def stop() -> None:
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        def stop() -> None:
+            late.set()
+            with contextlib.suppress(ProcessLookupError):  # it has ended this moment
+                os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(limit, stop)
-    timer.start()
-    try:
+        timer = threading.Timer(limit, stop)
+        timer.start()
         for text in process.stdout or ():
             print(text, end="", flush=True)
             ran.printed = [*ran.printed[1 - TAIL_LINES :], text.rstrip("\n")]
         code = process.wait()
-    finally:
         timer.cancel()
     ran.code, ran.seconds = None if late.is_set() else code, time.monotonic() - started
     try:
