@@ -40,13 +40,12 @@ TAIL_LINES = 60  # that are kept of what a script printed
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of a script. `files`: it is given the models' files."""
+    """A run of a script, which takes --out and --commit. `files`: it is given the models' files."""
 
     name: str
     script: str
     options: tuple[str, ...] = ()
     files: bool = False
-    writes: bool = True  # it takes --out and --commit
     any_device: bool = False  # it takes --device
 
 
@@ -54,7 +53,8 @@ PARTS = {
     "check": (
         Part("linear", "gpu_linear.py", ("--only", "correct", "same", "--seconds", "380")),
         Part("operations", "gpu_operations.py", ("--only", "correct", "same")),
-        Part("attention", "gpu_attention.py", writes=False),
+        Part("gated", "gpu_gated.py", ("--only", "correct", "same")),
+        Part("attention", "gpu_attention.py", ("--only", "correct", "same")),
         Part("experts", "gpu_experts.py", ("--only", "correct", "same")),
         Part("sampling", "gpu_sampling.py", ("--only", "correct", "same")),
         Part("tiny", "gpu_model.py", ("--only", "tiny")),
@@ -64,6 +64,8 @@ PARTS = {
     "bench": (
         Part("linear", "gpu_linear.py", ("--only", "speed", "--seconds", "380")),
         Part("operations", "gpu_operations.py", ("--only", "fast")),
+        Part("gated", "gpu_gated.py", ("--only", "fast")),
+        Part("attention", "gpu_attention.py", ("--only", "fast")),
         Part("experts", "gpu_experts.py", ("--only", "fast")),
         Part("sampling", "gpu_sampling.py", ("--only", "fast")),
         Part("model", "gpu_model.py", ("--only", "fast"), files=True),
@@ -94,11 +96,9 @@ class Ran:
 
 def command(part: Part, args: argparse.Namespace, files: Sequence[Path], out: Path) -> list[str]:
     line = [sys.executable, str(HERE / part.script), *(map(str, files) if part.files else ())]
-    line += part.options
-    if part.writes:
-        line += ["--out", str(out)]
-        if args.commit is not None:
-            line += ["--commit", args.commit]
+    line += [*part.options, "--out", str(out)]
+    if args.commit is not None:
+        line += ["--commit", args.commit]
     if part.any_device:
         line += ["--device", args.device, *args.engine_options.split()]
     return line

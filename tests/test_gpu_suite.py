@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gpu_goldens import GOLDENS, Goldens, digest
-from gpu_suite import PARTS, TAIL_LINES, Ran, arguments, chosen, command, merge, run
+from gpu_suite import PARTS, TAIL_LINES, Part, Ran, arguments, chosen, command, main, merge, run
 
 ROOT = Path(__file__).parent.parent
 LOGITS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
@@ -34,8 +34,8 @@ def suite(*options: str | Path, **environment: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
-def test_a_failing_file_hides_nothing(tmp_path: Path):
-    """Both parts run, one line each in the table; the results are in one file, where $OUT says."""
+def test_results_are_in_one_file(tmp_path: Path):
+    """Where $OUT says, or --out; what failed is said in the table and by the exit status."""
     engine = "--subjects 2 --watched 4 --requests 8 --sizes 1 --only crowd"
     done = suite("bench", "--device", "cpu", "--engine-options", engine, OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,6 +50,28 @@ def test_a_failing_file_hides_nothing(tmp_path: Path):
     assert done.stdout.splitlines()[-2].endswith("failed (1)")
     merged = json.loads((tmp_path / "gpu_check.json").read_text())
     assert any("absent.gguf" in line for line in merged["parts"]["engine"]["printed"])
+
+
+def test_after_a_failure_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    bad = Part("bad", "gpu_engine.py", ("--only", "nothing"), files=True, any_device=True)
+    good = Part("good", "gpu_engine.py", ("--help",), any_device=True)
+    monkeypatch.setitem(PARTS, "check", (bad, good))
+    monkeypatch.setattr(sys, "argv", ["x", "check", "no.gguf", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    table = [line.split()[::2] for line in capsys.readouterr().out.splitlines()[-3:-1]]
+    assert table == [
+        [
+            "bad",
+            "failed",
+        ],
+        ["good", "ok"],
+    ]
+    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert [part["verdict"] for part in parts.values()] == ["failed (2)", "ok"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -77,10 +99,12 @@ def test_every_script_knows_its_options():
         assert len({part.name for part in parts}) == len(parts)
         for part in parts:
             text = (ROOT / "benchmarks" / part.script).read_text()
-            for option in [word for word in part.options if word.startswith("--")]:
-                assert f'"{option}"' in text
-            for option, given in (("--out", part.writes), ("--commit", part.writes)):
-                assert (f'"{option}"' in text) == given, (part.script, option)
+            for option in ("--out", "--commit", *(word for word in part.options if word.startswith("--"))):
+                assert f'"{option}"' in text, (part.script, option)
+            for mode in part.options[
+                1 : part.options.index("--seconds") if "--seconds" in part.options else None
+            ]:
+                assert f'"{mode}"' in text, (part.script, mode)
 
 
 def test_parts_are_chosen():
@@ -96,7 +120,6 @@ def test_files_go_to_those_that_read_them(tmp_path: Path):
     lines = {part.name: command(part, args, args.files, tmp_path / "o") for part in PARTS["check"]}
     assert {name for name, line in lines.items() if "x.gguf" in line} == {"model", "engine"}
     assert lines["engine"][-4:] == ["--device", "cuda", "--subjects", "3"]
-    assert "--commit" not in lines["attention"]
     assert lines["linear"][-4:] == ["--out", str(tmp_path / "o"), "--commit", "abc"]
 
 
