@@ -49,6 +49,8 @@ class Step:
         starts, contexts = torch.zeros(rows + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
         for row, ((before, count), table) in enumerate(zip(self.rows, self.tables, strict=True)):
             tables[0, row, : len(table)] = torch.tensor(table)
+            if self.params.window is not None:  # what no query sees any more is the null block
+                tables[0, row, : max(0, before - self.params.window + 1) // self.block_size] = 0
             starts[row + 1 :] = starts[row] + count
             contexts[row] = before + count
         nothing = torch.zeros(0, dtype=torch.int32)
@@ -96,7 +98,10 @@ def random_step(
     block_size: int = 16,
     dtype: torch.dtype = torch.float16,
 ) -> Step:
-    """`rows`: how many tokens each row has in the cache already, and how many queries."""
+    """`rows`: how many tokens each row has in the cache already, and how many queries.
+
+    The null block and what is behind a row's last token are NaN: nothing of them may be computed with.
+    """
     generator = torch.Generator(device).manual_seed(len(rows) + params.head_dim)
 
     def random(*shape: int) -> torch.Tensor:
@@ -108,14 +113,18 @@ def random_step(
     for count in blocks:
         tables.append(order[:count])
         order = order[count:]
+    q = random(sum(count for _, count in rows), params.num_heads * params.head_dim).to(dtype)
+    cache = random(2, 1 + sum(blocks), params.num_kv_heads, block_size, params.head_dim).to(dtype)
+    cache[:, 0] = torch.nan
+    for (before, count), table in zip(rows, tables, strict=True):
+        if (used := (before + count) % block_size) != 0:
+            cache[:, table[-1], :, used:] = torch.nan
     return Step(
         params=params,
         rows=rows,
         tables=tables,
-        q=random(sum(count for _, count in rows), params.num_heads * params.head_dim).to(dtype),
-        cache=LayerCache(
-            random(2, 1 + sum(blocks), params.num_kv_heads, block_size, params.head_dim).to(dtype)
-        ),
+        q=q,
+        cache=LayerCache(cache),
         sinks=random(params.num_heads),
     )
 

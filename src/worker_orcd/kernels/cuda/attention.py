@@ -310,6 +310,8 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 border = split_start(split_of(tile * KEYS) + 1) // KEYS
             key = tile * KEYS + tl.arange(0, KEYS)
             there = (key < end)[:, None]
+            if WINDOW > 0:  # before it blocks may be anybody's: what is there may not be numbers
+                there = there & (key > position - WINDOW)[:, None]
             _, place = paged(tile, BLOCK_SIZE)
             at = (block.to(tl.int64) * block_stride + place * D)[:, None]
             entry, _ = paged(tile + 1, BLOCK_SIZE)
