@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from worker_orcd.kernels.cpu.memory import available_memory
+from worker_orcd.config import DeviceConfig
+from worker_orcd.kernels.cpu.memory import available_memory, unused_memory
+from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.kernels.select import select_backend
 
 MIB = 1 << 20
 
@@ -48,6 +52,33 @@ def test_version_2_takes_the_tightest_group_and_gives_file_pages_back(tmp_path: 
     assert available_memory(tmp_path) == 67 * MIB
     write(tmp_path, {"sys/fs/cgroup/pod/box/memory.max": 20 * MIB})
     assert available_memory(tmp_path) == 0  # over its limit already
+
+
+def test_what_is_unused_has_no_file_pages_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: now)
+    assert unused_memory(tmp_path) == now.free
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/box",
+            "sys/fs/cgroup/box/memory.max": 10 * MIB,
+            "sys/fs/cgroup/box/memory.current": 8 * MIB,
+            "sys/fs/cgroup/box/memory.stat": f"inactive_file {5 * MIB}\nactive_file {2 * MIB}",
+        },
+    )
+    assert unused_memory(tmp_path) == 2 * MIB
+    assert available_memory(tmp_path) == 9 * MIB
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_weights_displace_files_where_they_are_more_than_is_unused(
+    reference: bool, monkeypatch: pytest.MonkeyPatch
+):
+    made = ReferenceBackend() if reference else select_backend(DeviceConfig(device="cpu"), print)
+    monkeypatch.setattr(sys.modules[type(made).__module__], "unused_memory", lambda: 5 * MIB)
+    assert [made.displaces_files(size * MIB) for size in (5, 6)] == [False, True]
+    made.close()
 
 
 def test_version_1(tmp_path: Path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,3 +176,56 @@ def test_the_file_does_not_pile_up_in_memory(tmp_path: Path):
         assert mapped_bytes() - before < largest / 2
         assert file.tensors["token_embd.weight"].ggml_type == GGMLType.F32
         assert file.data("token_embd.weight").any()  # still there to be read
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file in the machine's page cache."""
+    pages = -(-path.stat().st_size // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        start = ctypes.c_char.from_buffer(mapping)
+        address = ctypes.addressof(start)
+        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), found)
+        del start
+    if failed:
+        pytest.skip("this system does not tell what is in its page cache")
+    return sum(page & 1 for page in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_tensor_can_leave_the_page_cache(tmp_path: Path):
+    path = TinyFile(MODELS["llama"]).write(tmp_path / "some.gguf")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # what is not on the disk yet stays
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached_pages(path):
+            pytest.skip("this file system is in memory")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # page by page, not in large pieces
+        file.read()
+    before = cached_pages(path)
+    with GGUFFile(path) as file:
+        for name in file.tensors:
+            file.release(name)
+        assert cached_pages(path) == before
+        for name in file.tensors:
+            file.release(name, forget=True)
+        assert cached_pages(path) < before / 2  # beside the header and what tensors share with it
+        assert file.data("token_embd.weight").any()  # still there to be read
+        path.unlink()
+        file.release("token_embd.weight", forget=True)
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_what_is_packed_is_forgotten_where_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: bool
+):
+    released: dict[str, bool] = {}
+    monkeypatch.setattr(
+        GGUFFile, "release", lambda _file, name, *, forget: released.update({name: forget}), raising=True
+    )
+    backend: Any = RecordingBackend()
+    with GGUFFile(TinyFile(MODELS["llama"]).write(tmp_path / "tiny.gguf")) as file:
+        load_weights(file, configure(file), backend, forget=forget)
+        wanted = {name for name in file.tensors if name.endswith(".weight")}
+    assert released.keys() == wanted
+    assert set(released.values()) == {forget}

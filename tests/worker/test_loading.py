@@ -176,7 +176,7 @@ def test_a_failed_load_undoes_what_was_begun(config: WorkerConfig, monkeypatch: 
         monkeypatch.setattr(backend, "close", lambda: closed.append("backend") or original())
         return backend
 
-    def fail(*_args: Any) -> Any:
+    def fail(*_args: Any, **_options: Any) -> Any:
         raise InvalidModelFile("broken")
 
     monkeypatch.setattr(loading.ChatTemplate, "close", close_template)

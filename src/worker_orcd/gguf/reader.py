@@ -6,6 +6,7 @@ of the tensors is read here. A file must not be shortened while it is open: the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -51,13 +52,15 @@ class GGUFFile:
 
     def _open(self, path: Path) -> None:
         first_map, first = open_part(path, 0)
-        maps, parts = [first_map], [first]
+        maps, parts, paths = [first_map], [first], [path]
         for number, part_path in enumerate(other_parts(path, first.metadata), 2):
             part_map, part = open_part(part_path, number - 1)
             check_part(part_path, part.metadata, first.metadata, number)
             maps.append(part_map)
             parts.append(part)
+            paths.append(part_path)
         self.path = path
+        self._paths = paths
         self.metadata = first.metadata
         self.version = first.version
         self.tensors = MappingProxyType(merge(path, parts))
@@ -87,12 +90,25 @@ class GGUFFile:
             num_rows *= dim
         return data.reshape(num_rows, -1)
 
-    def release(self, name: str) -> None:
-        """Let the tensor's pages leave this process's memory; they are read again if somebody looks."""
+    def release(self, name: str, *, forget: bool = False) -> None:
+        """Let the tensor's pages leave this process's memory; they are read again if somebody looks.
+
+        `forget`: and the machine's page cache, where nobody else has them mapped, and but for the ends, which
+        the system may keep in pieces (folios, up to 2 MiB) with what is next to them.
+        """
         tensor = self.tensors[name]
-        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
-            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[tensor.part].madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
+        if not self._maps or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.offset + tensor.nbytes - start
+        self._maps[tensor.part].madvise(mmap.MADV_DONTNEED, start, length)
+        if forget and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a hint; the file may have been renamed since
+                descriptor = os.open(self._paths[tensor.part], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                try:
+                    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(descriptor)
 
     def close(self) -> None:
         """Let go of the mapping. It lives on as long as a view of it does."""

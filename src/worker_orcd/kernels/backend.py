@@ -168,6 +168,10 @@ class Backend(Protocol):
         """Bytes that this process may still take of the device."""
         ...
 
+    def displaces_files(self, num_bytes: int) -> bool:
+        """Whether so much of the device can be taken only from the page cache of the machine's files."""
+        ...
+
     def matrix(
         self,
         parts: Sequence[Matrix],

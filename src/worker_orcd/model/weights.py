@@ -81,14 +81,22 @@ class Weights:
 
 
 def load_weights(
-    file: GGUFFile, config: ModelConfig, backend: Backend, on_progress: Progress = lambda _fraction: None
+    file: GGUFFile,
+    config: ModelConfig,
+    backend: Backend,
+    on_progress: Progress = lambda _fraction: None,
+    *,
+    forget: bool = False,
 ) -> Weights:
     """Pack every tensor of the file. The file may be closed afterwards.
+
+    `forget`: what is packed leaves the machine's page cache. Where cache and packed weights have no room side
+    by side, the system would otherwise drop what is oldest there: of this very file, what is yet to be read.
 
     Raises InvalidModelFile, UnsupportedFormat or InsufficientMemory.
     """
     check_tensors(file, config)
-    return _Loader(file, config, backend, on_progress).load()
+    return _Loader(file, config, backend, on_progress, forget).load()
 
 
 def deinterleave(rows: NDArray[Scalar], num_heads: int, rotary_dim: int) -> NDArray[Scalar]:
@@ -115,11 +123,14 @@ class _Part:
 
 
 class _Loader:
-    def __init__(self, file: GGUFFile, config: ModelConfig, backend: Backend, on_progress: Progress) -> None:
+    def __init__(
+        self, file: GGUFFile, config: ModelConfig, backend: Backend, on_progress: Progress, forget: bool
+    ) -> None:
         self._file = file
         self._config = config
         self._backend = backend
         self._on_progress = on_progress
+        self._forget = forget
         self._total_bytes = max(1, sum(info.nbytes for info in file.tensors.values()))
         self._loaded_bytes = 0
 
@@ -232,7 +243,7 @@ class _Loader:
 
     def _loaded(self, name: str) -> None:
         """The backend has its copy: forget the file's pages, so that a file larger than memory loads."""
-        self._file.release(name)
+        self._file.release(name, forget=self._forget)
         self._loaded_bytes += self._file.tensors[name].nbytes
         self._on_progress(min(1.0, self._loaded_bytes / self._total_bytes))
 

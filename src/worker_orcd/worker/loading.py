@@ -126,7 +126,8 @@ def load(
             words.raise_what_failed()
             report("loading weights", int(fraction * file.file_bytes), file.file_bytes)
 
-        weights = load_weights(file, model, backend, on_weights)
+        forget = backend.displaces_files(plan.weights_bytes)
+        weights = load_weights(file, model, backend, on_weights, forget=forget)
         weighed = clock.lap()
         engine_config = replace(config.engine, max_model_len=plan.max_model_len)
         runner = ModelRunner(Decoder(model, weights, backend), backend, plan, engine_config)

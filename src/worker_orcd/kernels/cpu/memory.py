@@ -17,8 +17,13 @@ def available_memory(root: Path = _ROOT) -> int:
     return max(0, min([psutil.virtual_memory().available, *_group_headrooms(root)]))
 
 
-def _group_headrooms(root: Path) -> list[int]:
-    """What is left under each limit; of cgroup v2 and v1, whichever is there."""
+def unused_memory(root: Path = _ROOT) -> int:
+    """Bytes. As `available_memory`, but without what the page cache would have to give back."""
+    return max(0, min([psutil.virtual_memory().free, *_group_headrooms(root, files=False)]))
+
+
+def _group_headrooms(root: Path, *, files: bool = True) -> list[int]:
+    """What is left under each limit; of cgroup v2 and v1, whichever is there. `files`: with page cache."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -27,14 +32,14 @@ def _group_headrooms(root: Path) -> list[int]:
     for line in lines:
         _number, controllers, path = line.split(":", 2)
         if controllers == "":
-            headrooms += _headrooms(root / "sys/fs/cgroup", path, "memory.max", "memory.current")
+            headrooms += _headrooms(root / "sys/fs/cgroup", path, "memory.max", "memory.current", files=files)
         elif "memory" in controllers.split(","):
             names = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            headrooms += _headrooms(root / "sys/fs/cgroup/memory", path, *names)
+            headrooms += _headrooms(root / "sys/fs/cgroup/memory", path, *names, files=files)
     return headrooms
 
 
-def _headrooms(mount: Path, path: str, limit_name: str, usage_name: str) -> list[int]:
+def _headrooms(mount: Path, path: str, limit_name: str, usage_name: str, *, files: bool) -> list[int]:
     """Of the group at `path` and of every group above it that this process can see."""
     group = mount / path.strip("/")
     headrooms: list[int] = []
@@ -43,7 +48,8 @@ def _headrooms(mount: Path, path: str, limit_name: str, usage_name: str) -> list
             break
         limit, usage = _number(directory / limit_name), _number(directory / usage_name)
         if limit is not None and usage is not None:
-            headrooms.append(limit - usage + _file_bytes(directory / "memory.stat"))
+            cached = _file_bytes(directory / "memory.stat") if files else 0
+            headrooms.append(limit - usage + cached)
     return headrooms
 
 

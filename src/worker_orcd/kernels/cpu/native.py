@@ -39,7 +39,7 @@ from worker_orcd.kernels.backend import (
 from worker_orcd.kernels.cpu.cores import check_threads, usable_cores
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts
 from worker_orcd.kernels.cpu.library import Batch, Kind, Library, Rows
-from worker_orcd.kernels.cpu.memory import available_memory
+from worker_orcd.kernels.cpu.memory import available_memory, unused_memory
 from worker_orcd.kernels.cpu.program import (
     ROUTING_LISTS,
     InputName,
@@ -102,6 +102,9 @@ class NativeBackend:
 
     def available_memory(self) -> int:
         return available_memory()
+
+    def displaces_files(self, num_bytes: int) -> bool:
+        return num_bytes > unused_memory()
 
     def matrix(
         self,

@@ -38,7 +38,7 @@ from worker_orcd.kernels.backend import (
 )
 from worker_orcd.kernels.cpu.cores import check_threads
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
-from worker_orcd.kernels.cpu.memory import available_memory
+from worker_orcd.kernels.cpu.memory import available_memory, unused_memory
 
 TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
 
@@ -89,6 +89,9 @@ class ReferenceBackend:
 
     def available_memory(self) -> int:
         return available_memory()
+
+    def displaces_files(self, num_bytes: int) -> bool:
+        return num_bytes > unused_memory()
 
     def matrix(
         self,

@@ -116,6 +116,10 @@ class CudaBackend:
         free, _total = torch.cuda.mem_get_info(self._device)
         return free
 
+    def displaces_files(self, num_bytes: int) -> bool:
+        """No: the device's memory is its own."""
+        return False
+
     def matrix(
         self,
         parts: Sequence[Matrix],
