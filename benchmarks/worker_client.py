@@ -53,7 +53,8 @@ class WorkerProcess:
         command = [sys.executable, "-m", "worker_orcd", "serve", "--model", model, "--host", HOST]
         command += ["--port", str(self.port), "--narration", "json", *options]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WORKER_ORCD_")}
-        environment["PYTHONPATH"] = str(Path(worker_orcd.__file__).parents[1])
+        paths = str(Path(worker_orcd.__file__).parents[1]), environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )
