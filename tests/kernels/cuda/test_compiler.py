@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from worker_orcd.kernels.cuda import compiler
 from worker_orcd.kernels.cuda.compiler import FEW, Kernel, Kernels
 
 CPU = torch.device("cpu")
@@ -58,17 +61,41 @@ def test_collecting_launches_nothing() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3 * FEW])
-def test_what_is_missing_is_compiled_and_progress_told(count: int) -> None:
-    """By one process, or by as many as there are cores."""
+@pytest.mark.parametrize("patience", [1e9, 0.0])
+def test_what_is_missing_is_compiled_and_progress_told(
+    count: int, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this process, or by as many as there are cores."""
+    monkeypatch.setattr(compiler, "PATIENCE", patience)
+    monkeypatch.setattr(compiler, "READING", 0.0)
     kernels = Kernels(CPU, 90, Compiled)
     kernels.compiled(kernel(0))
     told: list[tuple[int, int]] = []
     kernels.compile_all(
         [kernel(number) for number in range(count + 1)], lambda *progress: told.append(progress)
     )
-    assert told[-1] == (count, count)
-    assert sorted(told) == told
+    assert told == [(done, count) for done in range(1, count + 1)]
     assert all(kernels.compiled(kernel(number)).capability == 90 for number in range(count + 1))
+
+
+def says_who(kernel: Kernel, _capability: int) -> int:
+    (number,) = (value for name, value in kernel.constants if name == "NUMBER")
+    with Path(kernel.function, f"{number}-{os.getpid()}").open("x"):
+        return os.getpid()
+
+
+@pytest.mark.parametrize("patience", [1e9, 0.0])
+def test_other_processes_compile_only_what_would_take_long(
+    patience: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiler, "PATIENCE", patience)
+    monkeypatch.setattr(compiler, "READING", 0.0)
+    kernels = Kernels(CPU, 90, says_who)
+    several = [replace(kernel(number), function=str(tmp_path)) for number in range(3 * FEW)]
+    kernels.compile_all(several, lambda _done, _all: None)
+    by_others = [file for file in tmp_path.iterdir() if not file.name.endswith(f"-{os.getpid()}")]
+    assert len(by_others) == (0 if patience or (os.cpu_count() or 1) < 2 else len(several))
+    assert all(kernels.compiled(one) == os.getpid() for one in several)
 
 
 def dies_in_a_child(kernel: Kernel, capability: int) -> Compiled:
@@ -77,7 +104,9 @@ def dies_in_a_child(kernel: Kernel, capability: int) -> Compiled:
     return Compiled(kernel, capability)
 
 
-def test_processes_that_die_do_not_end_the_load() -> None:
+def test_processes_that_die_do_not_end_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "PATIENCE", 0.0)
+    monkeypatch.setattr(compiler, "READING", 0.0)
     kernels = Kernels(CPU, 90, dies_in_a_child)
     several = [kernel(number) for number in range(3 * FEW)]
     kernels.compile_all(several, lambda _done, _all: None)

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -47,6 +48,8 @@ class Kernel:
 
 
 FEW = 4  # kernels that are not worth a process
+READING = 0.02  # seconds that a kernel in Triton's cache may take
+PATIENCE = 1.0  # and that they may take in all beside: Triton is imported
 Compile = Callable[[Kernel, int], Any]
 
 
@@ -105,16 +108,26 @@ class Kernels:
         return list(found)
 
     def compile_all(self, kernels: Sequence[Kernel], on_progress: Callable[[int, int], None]) -> None:
-        """Compile what is not compiled yet, by a process a core. `on_progress(done, all)`."""
+        """Make all of them ready. `on_progress(done, all)`.
+
+        First from Triton's cache on disk, one after the other; once that takes longer than reading can, they
+        are not all there, and a process a core compiles the rest into it.
+        """
         missing = [kernel for kernel in kernels if kernel not in self._compiled]
-        processes = min(len(missing) // FEW, os.cpu_count() or 1)
-        if processes > 1:
-            with contextlib.suppress(BrokenProcessPool):  # as where memory is short: one at a time, then
-                self._fill_cache(missing, processes, on_progress)
+        started = time.monotonic()
         for done, kernel in enumerate(missing):
+            left = missing[done:]
+            processes = min(len(left) // FEW, os.cpu_count() or 1)
+            if processes > 1 and time.monotonic() - started > PATIENCE + done * READING:
+                with contextlib.suppress(BrokenProcessPool):  # as where memory is short: one at a time, then
+                    self._fill_cache(
+                        left, processes, lambda more, of: on_progress(len(missing) - of + more, len(missing))
+                    )
+                for kernel in left:
+                    self.compiled(kernel)
+                return
             self.compiled(kernel)
-            if processes <= 1:
-                on_progress(done + 1, len(missing))
+            on_progress(done + 1, len(missing))
 
     def _fill_cache(
         self, kernels: Sequence[Kernel], processes: int, on_progress: Callable[[int, int], None]
