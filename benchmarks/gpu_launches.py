@@ -99,7 +99,9 @@ def line(name: str, kernel: Kernel, grid: Grid) -> str:
             what += f" S {constants['CHUNKS']}, {constants['ROWS']}x{constants['TOKENS']}"
             what += f" step {constants['STEP']} {constants['STAGES']} stages"
     programs = "x".join(map(str, grid))
-    return f"{name:24} {kernel.module + '.' + kernel.function:24} {programs:>12} {kernel.warps:2} warps {what}"
+    return (
+        f"{name:24} {kernel.module + '.' + kernel.function:24} {programs:>12} {kernel.warps:2} warps {what}"
+    )
 
 
 def main() -> None:
@@ -117,9 +119,7 @@ def main() -> None:
         path = Path(args.model)
         if args.model in SHAPES:
             path = Path(directory, "model.gguf")
-            write_model(
-                path, replace(SHAPES[args.model], num_layers=args.layers), args.model, args.mixture
-            )
+            write_model(path, replace(SHAPES[args.model], num_layers=args.layers), args.model, args.mixture)
         found = launches(executor_of(path, kernels), kernels, args.tokens)
     for one in found:
         print(line(*one))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from worker_orcd.kernels.backend import Glu
-from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernels
 from worker_orcd.kernels.cuda.variants import (
     MAX_SPLIT_TOKENS,
     Epilogue,
@@ -72,7 +72,18 @@ class Products:
             out=_OUT[out.dtype],
         )
         odd = out.stride(0) % 16 != 0
-        variant = Variant(shape=weight.shape, tile=tile, epilogue=epilogue, odd_stride=odd)
+        overlap = self._kernels.overlap
+        near = tokens <= OVERLAPPING_TOKENS and weight.num_bytes <= overlap.largest and overlap.product
+        early = near and tokens <= 16
+        variant = Variant(
+            shape=weight.shape,
+            tile=tile,
+            epilogue=epilogue,
+            odd_stride=odd,
+            overlap=overlap.product if near else 0,
+            early=overlap.early if early else 0,
+            asked=bool(early) and tile.rows == 64 and weight.num_bytes <= overlap.asked,
+        )
         grid = -(-n // tile.rows), -(-tokens // tile.tokens), weight.shape.chunks if tile.split else 1
         self._kernels.launch(
             variant.kernel(), grid,

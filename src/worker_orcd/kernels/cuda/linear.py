@@ -19,20 +19,27 @@ import triton
 import triton.language as tl
 
 from worker_orcd.kernels.cuda.elementwise import applied, rounded
-from worker_orcd.kernels.cuda.formats import load_weights, multiply
+from worker_orcd.kernels.cuda.formats import load_weights, load_x, multiply
+from worker_orcd.kernels.cuda.overlap import ask, release, wait
 
 
 @triton.jit
 def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr, FORMAT: tl.constexpr,
               BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr, PLANES: tl.constexpr,
               HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr,
-              TOKENS: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
-    """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]"""
+              TOKENS: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+              OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
+    """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]
+
+    With OVERLAP weights are asked for before activations are there: those of EARLY steps into registers, and,
+    if ASKED, those of the others to the L2 cache.
+    """
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     WIDTH: tl.constexpr = STEP // PLANES
     COUNT: tl.constexpr = STEPS // CHUNKS
     PARTS: tl.constexpr = BLOCK // STEP if BLOCK > STEP else 1  # steps of a header
     TAIL: tl.constexpr = K % STEP != 0
+    FIRST: tl.constexpr = EARLY if EARLY < COUNT else COUNT
     column = tl.arange(0, WIDTH)
     first = tile * STEPS + chunk * COUNT
     wp = w + (first * (64 * WIDTH) + row * WIDTH)[:, None] + column[None, :]
@@ -43,11 +50,33 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
     shift = tl.load(shifts + row)
     shift = tl.broadcast_to(shift[:, None], (ROWS, WIDTH))
     left = K - chunk * (COUNT * STEP)
-    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for i in tl.range(0, COUNT, num_stages=STAGES):
+    early = ()
+    for i in tl.static_range(FIRST):
         at = (chunk * COUNT + i) % PARTS
+        early = early + (load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH),)
+        wp += 64 * WIDTH
+        hp += 64 // SHARE * WIDTH
+        if PARTS == 1:
+            sp += 16 * HEADER
+        else:
+            sp += at * (16 * HEADER)
+    if ASKED:
+        ask_rest(w, h, s, tl.program_id(0), chunk, STEPS, COUNT, FIRST, PARTS, WIDTH, HIGH, SHARE, HEADER,
+                 ROWS)  # fmt: skip
+    wait(OVERLAP)
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    columns = ()
+    for i in tl.static_range(FIRST):
+        columns = columns + (load_x(xp + i * STEP, token_mask, left - i * STEP, PLANES, WIDTH, TAIL),)
+    for i in tl.static_range(FIRST):
+        acc = multiply(acc, early[i], shift, columns[i], FORMAT, ROWS, WIDTH, PORTABLE)
+    xp += FIRST * STEP
+    left -= FIRST * STEP
+    for i in tl.range(0, COUNT - FIRST, num_stages=STAGES):
+        at = (chunk * COUNT + FIRST + i) % PARTS
         weights = load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH)
-        acc = multiply(acc, weights, shift, xp, token_mask, left, FORMAT, ROWS, WIDTH, TAIL, PORTABLE)
+        some = load_x(xp, token_mask, left, PLANES, WIDTH, TAIL)
+        acc = multiply(acc, weights, shift, some, FORMAT, ROWS, WIDTH, PORTABLE)
         wp += 64 * WIDTH
         hp += 64 // SHARE * WIDTH
         if PARTS == 1:
@@ -56,7 +85,24 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
             sp += at * (16 * HEADER)
         xp += STEP
         left -= STEP
+    release(OVERLAP)
     return acc
+
+
+@triton.jit
+def ask_rest(w, h, s, pn, chunk, STEPS: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr,
+             PARTS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr,
+             HEADER: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Bring what a program reads of a chunk after its FIRST steps to the L2 cache: a run of each section."""
+    tl.static_assert(ROWS == 64)
+    REST: tl.constexpr = COUNT - FIRST
+    SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    step = pn * STEPS + chunk * COUNT + FIRST
+    ask(w + step * (64 * WIDTH), REST * 64 * WIDTH * SIZE)
+    if HIGH:
+        ask(h + step * (64 // SHARE * WIDTH), REST * (64 // SHARE * WIDTH * 2))
+    if HEADER:
+        ask(s + step // PARTS * (16 * HEADER), (REST + PARTS - 1) // PARTS * (64 * HEADER))
 
 
 @triton.jit
@@ -109,7 +155,8 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
            PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
            SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
            PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-           PORTABLE: tl.constexpr):  # fmt: skip
+           PORTABLE: tl.constexpr, OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0,
+           ASKED: tl.constexpr = 0):  # fmt: skip
     """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
     pn = tl.program_id(0)
     pt = tl.program_id(1)
@@ -126,8 +173,9 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
     if CHUNKS == 1 or SPLIT:
         total = chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, tl.program_id(2), K, FORMAT, BLOCK,
                           STEP, CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
-                          PORTABLE)  # fmt: skip
+                          PORTABLE, OVERLAP, EARLY, ASKED)  # fmt: skip
     else:
+        wait(OVERLAP)
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
         for chunk in range(CHUNKS):
             total += chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, chunk, K, FORMAT, BLOCK, STEP,

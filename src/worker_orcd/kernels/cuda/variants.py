@@ -84,6 +84,9 @@ class Variant:
     epilogue: Epilogue = Epilogue()
     odd_stride: bool = False  # outputs of a token and the next are no multiple of 16 apart
     portable: bool = False  # plain Triton throughout, for the interpreter
+    overlap: int = 0  # see `overlap`
+    early: int = 0  # steps of weights that are asked for before activations are there
+    asked: bool = False  # and all others, to the L2 cache
 
     def constants(self) -> dict[str, Any]:
         """The kernel's compile-time parameters."""
@@ -122,7 +125,12 @@ class Variant:
             module="linear",
             function="linear",
             arguments=tuple(arguments.items()),
-            constants=tuple(self.constants().items()),
+            constants=(
+                *self.constants().items(),
+                ("OVERLAP", self.overlap),
+                ("EARLY", self.early),
+                ("ASKED", self.asked),
+            ),
             aligned=aligned if self.shape.aligned else (),
             warps=self.tile.warps,
             stages=self.tile.stages,

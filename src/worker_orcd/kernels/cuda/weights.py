@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Matrix
 from worker_orcd.kernels.cuda.repack import repack
 from worker_orcd.kernels.cuda.variants import Shape, shape_of
+from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.gpu_layout import TILE, GpuLayout
 
 MAX_UNPACKED = 256  # outputs of a float32 matrix, a router's, that is multiplied by without tensor cores
 GROUP = 8  # rows of gates, and of what goes with them, that alternate
 STAGING_BYTES = 32 << 20  # of each of two buffers
 MAX_EXPONENT = 128  # of MXFP4's bytes: scales up to 2. Beyond, bfloat16 cannot hold what the kernels need
+
+_ZEROS = {"Q4_0": 8, "Q5_0": 16}  # formats that Q8_0 holds, a scale and 32 codes too; the code of zero
+_SMALL = 1 << 22  # weights
 
 _WORDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -109,6 +113,29 @@ def can_pair(parts: Sequence[Matrix]) -> bool:
     return alike and len(parts) <= 2 and sum(part.n for part in parts) % (2 * GROUP) == 0
 
 
+def alike(parts: Sequence[Matrix]) -> Sequence[Matrix]:
+    """Small matrices of several formats as Q8_0, where that loses nothing, so that one product has them all.
+
+    What a small matrix takes is a launch, not its bytes.
+    """
+    names = {part.format.name for part in parts}
+    if len(names) == 1 or not names <= {"Q8_0", *_ZEROS} or sum(part.n * part.k for part in parts) > _SMALL:
+        return parts
+    return [part if part.format.name == "Q8_0" else as_q8_0(part) for part in parts]
+
+
+def as_q8_0(matrix: Matrix) -> Matrix:
+    """The same weights, bit for bit, in blocks of a scale and 32 bytes."""
+    layout = check(matrix)
+    size, count = matrix.format.type_size, len(layout.codes)
+    blocks = matrix.data.reshape(matrix.n, -1, size)
+    bits = np.unpackbits(blocks, axis=-1, bitorder="little")[..., layout.codes]
+    codes = np.packbits(bits, axis=-1, bitorder="little")[..., 0] - np.uint8(_ZEROS[matrix.format.name])
+    scales = blocks[..., : size - count * layout.codes.shape[1] // 8]
+    rows = np.concatenate([scales, codes], axis=-1).reshape(matrix.n, -1)
+    return replace(matrix, format=BY_NAME["Q8_0"], data=rows)
+
+
 def alternate(rows: torch.Tensor) -> torch.Tensor:
     """Of (n, …), the first half of which are gates: eight of them, then the eight that go with them.
 
@@ -157,6 +184,7 @@ class Uploader:
         gated: bool = False,
     ) -> CudaWeight:
         """As `Backend.matrix`; `packed` even where small and float32. Raises UnsupportedFormat."""
+        parts = alike(parts)
         biases = list(bias) or [None] * len(parts)
         made: list[WeightPart] = []
         column = 0
