@@ -1,7 +1,7 @@
 """
 What a step launches on a GPU, kernel by kernel, on a machine that has none.
 
-    python benchmarks/gpu_launches.py qwen2.5-0.5b                 # a made-up file of this shape, a few layers
+    python benchmarks/gpu_launches.py qwen2.5-0.5b          # a made-up file of this shape, a few layers
     python benchmarks/gpu_launches.py gpt-oss-20b MXFP4 --tokens 16
     python benchmarks/gpu_launches.py FILE.gguf
 

@@ -1,23 +1,27 @@
 """
 What one sequence's step takes on a GPU, by how its kernels overlap: whole graphs of real or `synth` files.
 
-    python benchmarks/gpu_single.py FILE…                    # every way of overlapping, its bits beside the first's
-    python benchmarks/gpu_single.py FILE --only plain all --profile
+    python benchmarks/gpu_single.py FILE…                 # every way of overlapping
+    python benchmarks/gpu_single.py FILE --only plain ask-1 --profile
+    python benchmarks/gpu_single.py FILE --only ask-1 --chunks 896x896=7 --chunks 896x896=1,896x4864=2
 
-Needs a GPU, torch, triton and numpy, no network. A way is checked first: logits of 4 and of 1 sequence, step by
-step, bit for bit those of the first way. Then its step at context 512 is timed: the graph and the copies of its
-inputs. `--profile` says what each launch of a layer takes. Results go to a JSON file as they come.
+Needs a GPU, torch, triton and numpy, no network. A way is checked first: logits of 4 and of 1 sequence, step
+by step, bit for bit those of the first way. Then its step at context 512 is timed: the graph and the copies
+of its inputs. `--profile` says what each launch takes where none overlap. `--chunks` cuts the columns of some weights into other
+numbers of chunks, which changes bits, so these ways are compared with themselves, overlapping and not.
+Results go to a JSON file as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +37,10 @@ from worker_orcd.kernels.backend import Counts
 from worker_orcd.kernels.cuda import backend as backend_module
 from worker_orcd.kernels.cuda.backend import CudaBackend
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels, Overlap
+from worker_orcd.kernels.cuda.expert_weights import PackedExperts
 from worker_orcd.kernels.cuda.inputs import Bucket
 from worker_orcd.kernels.cuda.step import CudaStep
+from worker_orcd.kernels.cuda.weights import PackedMatrix
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
@@ -53,6 +59,7 @@ WAYS: dict[str, Overlap] = {
     "small-2": Overlap(mode=2),
     "all-1": Overlap(mode=1, product=1, largest=ALL),
     "ask-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20),
+    "kv-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20, ahead=4),
     "early1-ask-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20, early=1),
     "early2-ask-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20, early=2),
     "all-2": Overlap(mode=1, product=2, largest=ALL),
@@ -90,14 +97,47 @@ class Gathered(Exception):
 
 
 @dataclass(frozen=True)
+class Way:
+    name: str
+    overlap: Overlap
+    chunks: tuple[tuple[int, int, int], ...] = ()  # n, k and how many
+
+    def weights(self, weights: Weights) -> Weights:
+        return rechunked(weights, {(n, k): count for n, k, count in self.chunks}) if self.chunks else weights
+
+
+def rechunked(value: Any, chunks: dict[tuple[int, int], int]) -> Any:
+    """Weights, whatever they are made of, with other chunks."""
+    if isinstance(value, PackedMatrix):
+        steps = -(-value.shape.k // value.shape.step)
+        count = chunks.get((value.n, value.shape.k), value.shape.chunks)
+        if steps % count:
+            return value
+        return replace(value, shape=replace(value.shape, chunks=count))
+    if isinstance(value, tuple):
+        return tuple(rechunked(one, chunks) for one in value)
+    if is_dataclass(value) and not isinstance(value, PackedExperts | type):
+        made = {one.name: rechunked(getattr(value, one.name), chunks) for one in fields(value) if one.init}
+        return replace(value, **made)
+    return value
+
+
+def parsed(text: str) -> tuple[tuple[int, int, int], ...]:
+    """896x4864=2,896x896=7"""
+    found = [re.fullmatch(r"(\d+)x(\d+)=(\d+)", one) for one in text.split(",")]
+    return tuple((int(one[1]), int(one[2]), int(one[3])) for one in found if one)
+
+
+@dataclass(frozen=True)
 class Model:
     config: ModelConfig
     weights: Weights
     plan: MemoryPlan
 
-    def runner(self, kernels: Kernels) -> ModelRunner:
+    def runner(self, way: Way, kernels: Kernels) -> ModelRunner:
         backend = CudaBackend(kernels)
-        return ModelRunner(Decoder(self.config, self.weights, backend), backend, self.plan, ENGINE)
+        decoder = Decoder(self.config, way.weights(self.weights), backend)
+        return ModelRunner(decoder, backend, self.plan, ENGINE)
 
 
 def load(path: Path) -> Model:
@@ -109,12 +149,12 @@ def load(path: Path) -> Model:
         return Model(config, load_weights(file, config, backend), plan)
 
 
-def compile_ways(session: Session, model: Model, names: Sequence[str]) -> None:
+def compile_ways(session: Session, model: Model, ways: Sequence[Way]) -> None:
     """All kernels of all ways at once, a process a core."""
     found: list[Kernel] = []
-    for name in names:
+    for way in ways:
         try:
-            model.runner(Watched(WAYS[name], found))
+            model.runner(way, Watched(way.overlap, found))
         except Gathered:
             torch.cuda.empty_cache()
     different = list(dict.fromkeys(found))
@@ -202,20 +242,20 @@ def profile(session: Session, runner: ModelRunner, kernels: Watched) -> None:
         session.say(f"    {mean:8.2f} {gap:6.2f} {len(times) // 5:6}  {name}")
 
 
-def try_way(session: Session, model: Model, name: str, first: list[int], file: str) -> None:
-    args = session.args
-    kernels = Watched(WAYS[name])
-    runner = model.runner(kernels)
+def try_way(session: Session, model: Model, way: Way, firsts: dict[Any, list[int]], file: str) -> None:
+    args, name = session.args, way.name
+    kernels = Watched(way.overlap)
+    runner = model.runner(way, kernels)
     sums = [] if args.unchecked else trace(runner)
-    first[:] = first or sums
+    first = firsts.setdefault(way.chunks, sums)
     differ = sum(a != b for a, b in zip(first, sums, strict=True))
     micros = {rows: timed(runner, rows, args.context) for rows in ROWS}
     session.keep(f"{file} {name}", {"differ": differ, "steps": len(sums), "us": micros})
     times = ", ".join(
         f"{rows}: {micro:8.1f} us = {1e6 * rows / micro:7.0f}" for rows, micro in micros.items()
     )
-    session.say(f"{file} {name:16} {times} tok/s; {differ} of {len(sums)} steps differ", ok=not differ)
-    if args.profile:
+    session.say(f"{file} {name:24} {times} tok/s; {differ} of {len(sums)} steps differ", ok=not differ)
+    if args.profile and not (way.overlap.mode or way.overlap.product):
         profile(session, runner, kernels)
 
 
@@ -225,6 +265,7 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--chunks", action="append", default=[], help="NxK=CHUNKS,… (twice: two more ways)")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--unchecked", action="store_true", help="time only")
     parser.add_argument("--context", type=int, default=512)
@@ -236,12 +277,18 @@ def main() -> None:
 
         def whole(path: Path = path) -> None:
             model = load(path)
-            compile_ways(session, model, session.args.only)
-            first: list[int] = []
-            for name in session.args.only:
+            ways = [Way(name, WAYS[name]) for name in session.args.only]
+            ways += [
+                Way(f"{name} {text}", WAYS[name], parsed(text))
+                for text in session.args.chunks
+                for name in ("plain", session.args.only[-1])
+            ]
+            compile_ways(session, model, ways)
+            firsts: dict[Any, list[int]] = {}
+            for way in ways:
                 session.guarded(
-                    f"{path.name} {name}",
-                    lambda name=name: try_way(session, model, name, first, path.name),
+                    f"{path.name} {way.name}",
+                    lambda way=way: try_way(session, model, way, firsts, path.name),
                 )
                 torch.cuda.empty_cache()
 

@@ -58,7 +58,9 @@ def test_all_variants_covers_what_is_chosen() -> None:
 def test_constants_and_types_name_every_parameter_once() -> None:
     variant = next(all_variants([("Q6_K", 64, 256)], 90))
     kernel = variant.kernel()
-    assert dict(kernel.constants) == variant.constants()
+    constants = dict(kernel.constants)
+    assert len(constants) == len(kernel.constants)
+    assert variant.constants().items() <= constants.items()
     assert dict(kernel.arguments)["w"] == "*u16" and dict(kernel.arguments)["x"] == "*fp16"
     assert dict(next(all_variants([("MXFP4", 64, 256)], 90)).kernel().arguments)["x"] == "*bf16"
 

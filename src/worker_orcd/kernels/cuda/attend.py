@@ -210,10 +210,12 @@ class Attention:
         if not params.scale > 0:
             raise ValueError(f"scores are multiplied by {params.scale}; it must be positive")
         plan = self._plan_of(cut, tile)
+        overlap = self._kernels.overlap_mode(len(q))
         self._kernels.launch(
             attend_kernel(
                 cut, tile, keys_values.shape[3], q.dtype, out.dtype, sinks is not None,
-                self._kernels.overlap_mode(len(q)),
+                overlap,
+                self._kernels.overlap.ahead if overlap else 0,
             ),
             (plan.programs, 1, 1), q, keys_values, table, self._work[plan], out if sinks is None else sinks,
             out, self._parts, self._sums, self._counters, float(params.scale), keys_values.stride(0),
@@ -230,6 +232,7 @@ def attend_kernel(
     out: torch.dtype,
     sinks: bool,
     overlap: int = 0,
+    ahead: int = 0,
 ) -> Kernel:
     """The kernel of one kind of layer."""
     params = cut.params
@@ -247,6 +250,7 @@ def attend_kernel(
         "MERGED": min(16, 1 << (cut.heads - 1).bit_length()),  # rows whose parts are merged at a time
         "AT_ONCE": 8 if sum(cut.values) < _WIDEST else 4,  # splits that are on their way then
         "OVERLAP": overlap,
+        "AHEAD": ahead,
     }  # fmt: skip
     return Kernel(
         module="attention",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from worker_orcd.kernels.cuda.overlap import wait
+from worker_orcd.kernels.cuda.overlap import ask_lines, wait
 
 KEYS = tl.constexpr(64)  # of a tile
 TURNS = tl.constexpr(8)
@@ -229,6 +229,20 @@ def paged(tile, BLOCK_SIZE: tl.constexpr):
         return (tile * KEYS + key) // BLOCK_SIZE, (tile * KEYS + key) % BLOCK_SIZE
 
 
+@triton.jit
+def ask_tile(keys, values, table, tile, end, block_stride, D: tl.constexpr, V: tl.constexpr,
+             BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Bring a tile of keys and values to the L2 cache, if it is before tile `end`."""
+    entry, place = paged(tile, BLOCK_SIZE)
+    there = entry * 0 + tile < end
+    block = tl.load(table + entry, mask=there, other=0, cache_modifier=".cg")
+    at = block.to(tl.int64) * block_stride + place * D
+    for column in tl.static_range(0, D, 64):
+        ask_lines(keys + at + column, there)
+    for column in tl.static_range(0, V, 64):
+        ask_lines(values + at + column, there)
+
+
 # -- attention ---------------------------------------------------------------------------------------------
 
 
@@ -238,7 +252,7 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
                 VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
                 SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
-                OVERLAP: tl.constexpr):  # fmt: skip
+                OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """One unit, for the heads of `lane`. What it is does not wait for the kernel before."""
     D: tl.constexpr = D0 + D1
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
@@ -280,6 +294,8 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
     block = tl.load(
         table + entry, mask=first * KEYS + tl.arange(0, KEYS) < end, other=0, cache_modifier=".cg"
     )
+    for i in tl.static_range(AHEAD):
+        ask_tile(kp, vp, table, first + i, last, block_stride, D, V0 + V1, BLOCK_SIZE)
     wait(OVERLAP)
     q0 = tl.load(qp + d0[None, :], mask=live[:, None], other=0.0)
     q1 = q0
@@ -376,7 +392,8 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
            table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
            D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_PARTS: tl.constexpr,
            ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-           MERGED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0):  # fmt: skip
+           MERGED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0,
+           AHEAD: tl.constexpr = 0):  # fmt: skip
     """Any number of programs. The queries have D0 + D1 columns, a program gives V0 + V1 of the values'.
 
     They take turns forth and back, so that the first, longest, units do not all fall to the same ones.
@@ -394,5 +411,6 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
             record = work + RECORD + item // LANES * RECORD
             attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
                         values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D0, D1,
-                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE, OVERLAP)  # fmt: skip
+                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE, OVERLAP,
+                        AHEAD)  # fmt: skip
     wait(OVERLAP)  # a kernel that had nothing to do must not end before those before it

@@ -36,6 +36,7 @@ class Overlap:
     product: int = 0  # of products
     largest: int = 0  # bytes of a weight
     early: int = 0  # steps of weights that go to registers
+    ahead: int = 0  # tiles of keys and values that attention brings to the L2 cache
     asked: int = 0  # bytes of a weight of which all else goes to the L2 cache
 
 

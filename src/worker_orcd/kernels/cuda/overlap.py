@@ -1,5 +1,5 @@
 """
-How a kernel starts before the one before it has ended: programmatic dependent launch, on compute capability 9.0.
+How a kernel starts before the one before it has ended: programmatic dependent launch, on capability 9.0.
 
 Device code (Triton). A kernel asks for what no kernel of the step writes (weights, the step's inputs), calls
 `wait`, and only then reads activations or writes anything. All before it has then been done. So a kernel
@@ -16,6 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _ASK_TEXT = tl.constexpr("""{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
 @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
+
+_LINE_TEXT = tl.constexpr("""{ .reg .pred p; setp.ne.s32 p, $2, 0;
+@p prefetch.global.L2 [$1]; mov.u32 $0, 0; }""")
 
 
 @triton.jit
@@ -41,3 +44,16 @@ def ask(pointer, SIZE: tl.constexpr):
         tl.inline_asm_elementwise(
             _ASK_TEXT, "=r,l,r", [pointer.to(tl.int64), SIZE], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def ask_lines(pointers, mask):
+    """Bring the 128 bytes around each of `pointers` to the L2 cache."""
+    tl.inline_asm_elementwise(
+        _LINE_TEXT,
+        "=r,l,r",
+        [pointers.to(tl.int64), mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -61,7 +61,8 @@ def logit_of(key):
 
 @triton.jit
 def route(logits, experts, weights, logits_stride, experts_stride, weights_stride, N: tl.constexpr,
-          TOP_K: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr = 0):  # fmt: skip
+          TOP_K: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+          OVERLAP: tl.constexpr = 0):  # fmt: skip
     """The TOP_K of N logits a token, highest first, and the softmax over them. Programs: tokens.
 
     BLOCK and SLOTS: powers of two from N and from TOP_K.

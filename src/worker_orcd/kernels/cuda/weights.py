@@ -45,6 +45,7 @@ class PackedMatrix:
     headers: torch.Tensor  # likewise
     shifts: torch.Tensor  # (64,) uint16: how far each row's bits are up in its high word
     paired: bool = False  # rows have been put in another order: see `alternate`
+    head: int = 0  # likewise, within each head of so many rows
 
     @property
     def num_bytes(self) -> int:
@@ -136,15 +137,19 @@ def as_q8_0(matrix: Matrix) -> Matrix:
     return replace(matrix, format=BY_NAME["Q8_0"], data=rows)
 
 
-def alternate(rows: torch.Tensor) -> torch.Tensor:
+def alternate(rows: torch.Tensor, length: int = 0) -> torch.Tensor:
     """Of (n, …), the first half of which are gates: eight of them, then the eight that go with them.
 
-    So a kernel's program has both and can finish the gated unit.
+    So a kernel's program has both and can finish the gated unit. With `length` the same in each run of so
+    many rows, a head's: what is rotated together is together.
     """
-    return rows.view(2, -1, GROUP, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+    runs = rows.view(-1, 2, (length or len(rows)) // (2 * GROUP), GROUP, *rows.shape[1:])
+    return runs.transpose(1, 2).reshape(rows.shape)
 
 
-def upload(shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False) -> PackedMatrix:
+def upload(
+    shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False, head: int = 0
+) -> PackedMatrix:
     """Views of a packed matrix in `packed`, uint8, wherever it lies: start aligned to 16 bytes."""
     layout = shape.layout
     sections = layout.sections(n, shape.k, shape.step)
@@ -159,6 +164,7 @@ def upload(shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False) 
         headers=packed[headers : sections.size].view(torch.uint32) if sections.headers else words,
         shifts=shifts.to(torch.uint16),
         paired=paired,
+        head=head,
     )
 
 
@@ -182,6 +188,7 @@ class Uploader:
         *,
         packed: bool = False,
         gated: bool = False,
+        head_dim: int = 0,
     ) -> CudaWeight:
         """As `Backend.matrix`; `packed` even where small and float32. Raises UnsupportedFormat."""
         parts = alike(parts)
@@ -192,22 +199,25 @@ class Uploader:
             indices = list(run)
             matrices = [parts[index] for index in indices]
             n = sum(matrix.n for matrix in matrices)
-            paired = False
+            paired, head = False, 0
             if matrices[0].format.name == "F32" and n <= MAX_UNPACKED and not packed:
                 weight = self.rows([matrix.data for matrix in matrices]).view(torch.float32)
             else:
                 paired = gated and len(matrices) == len(parts) and can_pair(matrices)
-                weight = self.matrix(matrices, paired=paired)
+                head = head_dim if len(matrices) == len(parts) and head_dim % (2 * GROUP) == 0 else 0
+                weight = self.matrix(matrices, paired=paired, head=head)
             values = _joined(matrices, [biases[index] for index in indices])
             joined = None if values is None else torch.as_tensor(values, device=self.device)
-            if joined is not None and paired:
-                joined = alternate(joined)
+            if joined is not None and (paired or head):
+                joined = alternate(joined, head)
             made.append(WeightPart(weight, joined, column, n))
             column += n
         return CudaWeight(tuple(made), column, parts[0].k)
 
-    def matrix(self, parts: Sequence[Matrix], *, paired: bool = False) -> PackedMatrix:
+    def matrix(self, parts: Sequence[Matrix], *, paired: bool = False, head: int = 0) -> PackedMatrix:
         """Parts of one format and k as one matrix, outputs in order, or if `paired` as `alternate` has them.
+
+        With `head`, those of each head of so many rows.
 
         Raises UnsupportedFormat.
         """
@@ -219,8 +229,10 @@ class Uploader:
             layout.sections(n, first.k, shape.step).size, dtype=torch.uint8, device=self.device
         )
         rows = self.rows([part.data for part in parts])
-        repack(alternate(rows) if paired else rows, layout, first.k, shape.step, packed)
-        return upload(shape, n, packed, paired=paired)
+        if paired or head:
+            rows = alternate(rows, head)
+        repack(rows, layout, first.k, shape.step, packed)
+        return upload(shape, n, packed, paired=paired, head=head)
 
     def rows(self, arrays: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
         """Arrays of equally long rows, one below the other, on the device."""
