@@ -7,8 +7,9 @@ What one sequence's step takes on a GPU, by how its kernels overlap: whole graph
 
 Needs a GPU, torch, triton and numpy, no network. A way is checked first: logits of 4 and of 1 sequence, step
 by step, bit for bit those of the first way. Then its step at context 512 is timed: the graph and the copies
-of its inputs. `--profile` says what each launch takes where none overlap. `--chunks` cuts the columns of some weights into other
-numbers of chunks, which changes bits, so these ways are compared with themselves, overlapping and not.
+of its inputs. `--profile` says what each launch takes where none overlap. `--chunks` cuts the columns of some
+weights into other numbers of chunks, which changes bits, so these ways are compared with themselves,
+overlapping and not.
 Results go to a JSON file as they come.
 """
 
