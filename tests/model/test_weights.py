@@ -33,14 +33,16 @@ class Packed:
     formats: list[str]
     bias: NDArray[np.float32] | None
     gated: bool
+    head_dim: int
 
 
 class RecordingBackend:
     """Keeps decoded copies of what it is given. Only the part of a backend that loading uses."""
 
-    def matrix(self, parts: Any, bias: Any = (), *, gated: bool = False) -> Packed:
+    def matrix(self, parts: Any, bias: Any = (), *, gated: bool = False, head_dim: int = 0) -> Packed:
         joined = np.concatenate(bias) if bias else None
-        return Packed([decoded(part) for part in parts], [part.format.name for part in parts], joined, gated)
+        names = [part.format.name for part in parts]
+        return Packed([decoded(part) for part in parts], names, joined, gated, head_dim)
 
     def embedding(self, table: Matrix) -> Packed:
         return self.matrix([table])
@@ -91,6 +93,15 @@ def test_weights_are_those_transformers_would_hold(name: str, tmp_path: Path):
 def test_a_tensor_of_gates_and_what_goes_with_them_is_named_so(name: str, gated: bool, tmp_path: Path):
     for layer in loaded(tiny_file(VARIANTS[name]), tmp_path).layers:
         assert (len(layer.ffn.up.parts), layer.ffn.up.gated) == (1, gated)
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "qwen3"])
+def test_heads_that_only_turn_as_a_whole_are_named_so(name: str, tmp_path: Path):
+    """Of qwen3 they are normalised first."""
+    tiny = (MODELS | VARIANTS)[name]
+    for layer in loaded(tiny_file(tiny), tmp_path).layers:
+        assert layer.qkv.head_dim == (0 if name == "qwen3" else tiny.head_dim)
+        assert layer.attention_output.head_dim == layer.ffn.up.head_dim == 0
 
 
 def test_interleaved_rows_are_moved_as_bytes(tmp_path: Path):
@@ -159,12 +170,12 @@ def test_the_file_does_not_pile_up_in_memory(tmp_path: Path):
     highest = 0
 
     class Watching(RecordingBackend):
-        def matrix(self, parts: Any, bias: Any = (), *, gated: bool = False) -> Packed:
+        def matrix(self, parts: Any, bias: Any = (), *, gated: bool = False, head_dim: int = 0) -> Packed:
             nonlocal highest
             for part in parts:
                 part.data.sum()
             highest = max(highest, mapped_bytes())
-            return Packed([], [], None, gated)
+            return Packed([], [], None, gated, head_dim)
 
     backend: Any = Watching()
     with GGUFFile(path) as file:

@@ -178,12 +178,14 @@ class Backend(Protocol):
         bias: Sequence[NDArray[np.float32] | None] = (),
         *,
         gated: bool = False,
+        head_dim: int = 0,
     ) -> Weight:
         """Pack matrices with equal k for `linear`; outputs are concatenated in order. Formats may differ.
 
         `bias` is empty or has one entry a part, (n,) float32 or None. `gated`: the first half of the outputs
-        are the gates of the second, both for one `glu`. That is a hint at how rows may lie, no more: what
-        `linear` returns is the same, in the same order.
+        are the gates of the second, both for one `glu`. `head_dim`: outputs are heads of so many, to be
+        rotated whole or not at all and stored. These are hints at how rows may lie, no more: what `linear`
+        returns is the same, in the same order.
         """
         ...
 

@@ -160,7 +160,7 @@ class _Loader:
         output = _Part(f"{prefix}.attn_output", dim, bias=layer.output_bias)
         return LayerWeights(
             attention_norm=self._norm(f"{prefix}.attn_norm"),
-            qkv=self._fused(_qkv_parts(prefix, layer), dim),
+            qkv=self._fused(_qkv_parts(prefix, layer), dim, head_dim=_whole_heads(layer)),
             q_norm=self._head_norm(f"{prefix}.attn_q_norm", attention.head_dim) if norms else None,
             k_norm=self._head_norm(f"{prefix}.attn_k_norm", attention.head_dim) if norms else None,
             sinks=self._vector(f"{prefix}.attn_sinks.weight", attention.num_heads) if layer.sinks else None,
@@ -188,7 +188,7 @@ class _Loader:
         down = self._fused([_Part(f"{prefix}.ffn_down", dim, bias)], ffn.dim)
         return DenseWeights(self._fused(parts, dim, gated=ffn.glu is not None), down)
 
-    def _fused(self, parts: Sequence[_Part], k: int, *, gated: bool = False) -> Weight:
+    def _fused(self, parts: Sequence[_Part], k: int, *, gated: bool = False, head_dim: int = 0) -> Weight:
         """Pack matrices of `k` inputs as one weight; outputs in the order of `parts`."""
         matrices: list[Matrix] = []
         biases: list[NDArray[np.float32] | None] = []
@@ -203,7 +203,7 @@ class _Loader:
             matrices.append(matrix)
             biases.append(bias)
         bias = biases if any(part.bias for part in parts) else ()
-        weight = self._backend.matrix(matrices, bias, gated=gated)
+        weight = self._backend.matrix(matrices, bias, gated=gated, head_dim=head_dim)
         for part in parts:
             self._loaded(f"{part.name}.weight")
         return weight
@@ -246,6 +246,13 @@ class _Loader:
         self._file.release(name, forget=self._forget)
         self._loaded_bytes += self._file.tensors[name].nbytes
         self._on_progress(min(1.0, self._loaded_bytes / self._total_bytes))
+
+
+def _whole_heads(layer: LayerConfig) -> int:
+    """The columns of a head, if nothing but rotating all of them stands between the product and the cache."""
+    head_dim = layer.attention.head_dim
+    turned = layer.rope is None or layer.rope.rotary_dim == head_dim
+    return head_dim if turned and not layer.head_norms else 0
 
 
 def _qkv_parts(prefix: str, layer: LayerConfig) -> list[_Part]:

@@ -7,6 +7,7 @@ Prints a line of JSON: how far off each case is, and whether every counter is ze
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -17,7 +18,7 @@ from gpu_weights import random_rows
 from worker_orcd.kernels.backend import Glu, Matrix
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.cuda.linear import linear
-from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant
+from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Store, Tile, Variant
 from worker_orcd.kernels.cuda.weights import Uploader, alternate, pack, upload
 from worker_orcd.quant import BY_NAME
 
@@ -44,7 +45,7 @@ def product(
     grid = -(-n // tile.rows), -(-tokens // tile.tokens), chunks if tile.split else 1
     linear[grid](
         weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters, bias[alternating],
-        residual, n, tokens, y.stride(0), **variant.constants(),
+        residual, n, tokens, y.stride(0), y, counters, counters, y, 0, **variant.constants(),
     )  # fmt: skip
     exact = torch.from_numpy(fmt.dequantize_rows(rows).astype(np.float64))
     wanted = x.double() @ exact.T + (bias if epilogue.bias else 0)
@@ -84,6 +85,90 @@ def more_cases() -> list[dict[str, object]]:
     ]
 
 
+def heads_case(name: str, tile: Tile, chunks: int, *, rotated: bool, bias: bool) -> dict[str, object]:
+    """q, k and v at the end of their product, and of the product alone, turned and stored here."""
+    fmt, n, k, tokens, block = BY_NAME[name], 5 * 32, 256, 19, 16
+    matrix = Matrix(name, fmt, n, k, random_rows(fmt, n, k, 5))
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(n, generator=generator)
+    (part,) = Uploader(CPU).weight([matrix], [values.numpy()] if bias else (), head_dim=32).parts
+    weight = part.weight
+    weight = dataclasses.replace(weight, shape=dataclasses.replace(weight.shape, chunks=chunks))
+    x = torch.randn(tokens, k, generator=generator).to(weight.operand)
+    positions = torch.randint(0, 40, (tokens,), generator=generator).int()
+    slots = torch.randperm(3 * block, generator=generator)[:tokens].int()
+    table = torch.randn(40, 2, 16, generator=generator)
+    store = Store(num_heads=3, num_kv_heads=1, cache_block=block, rotated=rotated)
+    cache = torch.zeros(2, 3, 1, block, 32, dtype=torch.float16)
+    partials, counters = torch.full((chunks * tokens * n,), torch.nan), torch.zeros(64, dtype=torch.int32)
+    grid = -(-n // tile.rows), -(-tokens // tile.tokens), chunks if tile.split else 1
+    outputs = []
+    for one, y in ((None, torch.empty(tokens, n)), (store, torch.empty(tokens, 96, dtype=torch.float16))):
+        epilogue = Epilogue(bias=bias, head=32, store=one)
+        variant = Variant(shape=weight.shape, tile=tile, epilogue=epilogue, portable=True)
+        linear[grid](
+            weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters,
+            part.bias if bias else y, y, n, tokens, y.stride(0), cache, positions, slots, table,
+            cache.stride(0), **dict(variant.kernel().constants),
+        )  # fmt: skip
+        outputs.append(y)
+    plain, q = outputs
+    exact = x.double() @ torch.from_numpy(fmt.dequantize_rows(matrix.data).astype(np.float64)).T
+    error = float((plain - exact - (values if bias else 0)).norm() / exact.norm())
+    heads = plain.view(tokens, 5, 32)
+    cos, sin = table[positions.long()].unsqueeze(2).unbind(1)
+    low, high = heads[:, :4, :16], heads[:, :4, 16:]
+    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=2) if rotated else heads[:, :4]
+    wanted = torch.zeros_like(cache).view(2, 3, block, 32)
+    there = slots.long() // block, slots.long() % block
+    wanted[0][there], wanted[1][there] = turned[:, 3].half(), heads[:, 4].half()
+    differ = int((q.view(tokens, 3, 32) != turned[:, :3].half()).sum()) + int(
+        (cache.view_as(wanted) != wanted).sum()
+    )
+    return {"error": error + differ, "counters": int(counters.abs().sum())}
+
+
+def early_case(name: str, k: int, early: int, *, split: bool, step: int = 0) -> dict[str, object]:
+    """Weights that are loaded before activations: the bits are those of all loaded in the loop."""
+    fmt = BY_NAME[name]
+    shape, packed = pack(Matrix(name, fmt, 64, k, random_rows(fmt, 64, k, k)), step)
+    shape = dataclasses.replace(shape, chunks=2 if split else 1)
+    weight = upload(shape, 64, torch.from_numpy(packed))
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(1)).to(weight.operand)
+    tile = Tile(rows=64, tokens=16, warps=4, stages=2, split=split)
+    partials, counters = torch.full((2 * 3 * 64,), torch.nan), torch.zeros(64, dtype=torch.int32)
+    outputs = []
+    for steps in (0, early):
+        y = torch.full((3, 64), torch.nan)
+        variant = Variant(shape=shape, tile=tile, portable=True, early=steps)
+        linear[(1, 1, 2 if split else 1)](
+            weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters, y, y, 64, 3,
+            64, y, counters, counters, y, 0, **dict(variant.kernel().constants),
+        )  # fmt: skip
+        outputs.append(y)
+    return {"error": float(not torch.equal(*outputs)), "counters": int(counters.abs().sum())}
+
+
+def ends_and_beginnings() -> list[dict[str, object]]:
+    whole, split = (Tile(rows=64, tokens=16, warps=4, stages=2, split=split) for split in (False, True))
+    wide = Tile(rows=128, tokens=32, warps=4, stages=2)
+    return [
+        heads_case("Q8_0", whole, 1, rotated=True, bias=True),
+        heads_case("Q4_K", whole, 1, rotated=False, bias=False),
+        heads_case("Q5_0", split, 2, rotated=True, bias=True),
+        heads_case("Q8_0", wide, 2, rotated=True, bias=False),
+        early_case("Q8_0", 896, 2, split=False),
+        early_case("Q5_0", 512, 2, split=True),
+        early_case("Q6_K", 1024, 1, split=True, step=128),
+        early_case("Q4_K", 768, 3, split=False),
+    ]
+
+
+CPU = torch.device("cpu")
+
 if __name__ == "__main__":
-    found = {name: cases(name) for name in sys.argv[1:]} | {"more": more_cases()}
+    found = {name: cases(name) for name in sys.argv[1:]} | {
+        "more": more_cases(),
+        "ends": ends_and_beginnings(),
+    }
     print(json.dumps(found))

@@ -21,7 +21,7 @@ def found() -> dict[str, list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FORMATS, "more"])
+@pytest.mark.parametrize("name", [*FORMATS, "more", "ends"])
 def test_products_equal_float64(found: dict[str, list[dict[str, float]]], name: str) -> None:
     assert len(found[name]) >= 3
     for case in found[name]:

@@ -26,7 +26,15 @@ from worker_orcd.kernels.cuda.variants import (
     choose_tile,
     shape_of,
 )
-from worker_orcd.kernels.cuda.weights import MAX_EXPONENT, PackedMatrix, Uploader, alternate, pack, upload
+from worker_orcd.kernels.cuda.weights import (
+    MAX_EXPONENT,
+    PackedMatrix,
+    Uploader,
+    alike,
+    alternate,
+    pack,
+    upload,
+)
 from worker_orcd.quant import WeightFormat
 
 each_format = pytest.mark.parametrize("name", FORMATS)
@@ -58,7 +66,9 @@ def test_all_variants_covers_what_is_chosen() -> None:
 def test_constants_and_types_name_every_parameter_once() -> None:
     variant = next(all_variants([("Q6_K", 64, 256)], 90))
     kernel = variant.kernel()
-    assert dict(kernel.constants) == variant.constants()
+    constants = dict(kernel.constants)
+    assert len(constants) == len(kernel.constants)
+    assert variant.constants().items() <= constants.items()
     assert dict(kernel.arguments)["w"] == "*u16" and dict(kernel.arguments)["x"] == "*fp16"
     assert dict(next(all_variants([("MXFP4", 64, 256)], 90)).kernel().arguments)["x"] == "*bf16"
 
@@ -143,6 +153,39 @@ def test_rows_of_gates_and_what_goes_with_them_alternate(name: str, parts: int) 
     assert part.bias.view(9, 2, 8)[1].tolist() == [list(range(8, 16)), list(range(80, 88))]
 
 
+def test_small_matrices_of_formats_that_q8_0_holds_are_one() -> None:
+    def matrix(name: str, n: int, k: int = 256) -> Matrix:
+        fmt = quant.BY_NAME[name]
+        return Matrix(name, fmt, n, k, random_rows(fmt, n, k))
+
+    parts = [matrix("Q5_0", 32), matrix("Q4_0", 16), matrix("Q8_0", 16)]
+    (one,) = Uploader(torch.device("cpu")).weight(parts).parts
+    assert isinstance(one.weight, PackedMatrix) and one.weight.shape.format == "Q8_0"
+    found = quant.BY_NAME["Q8_0"].dequantize_rows(unpacked(one.weight))
+    wanted = np.concatenate([part.format.dequantize_rows(part.data) for part in parts])
+    assert np.array_equal(found, wanted)
+    assert [part.format.name for part in alike(parts[:1])] == ["Q5_0"]  # alone it stays small
+    assert alike([matrix("Q5_0", 16), matrix("Q4_1", 16)])[0].format.name == "Q5_0"
+    large = Matrix("large", quant.BY_NAME["Q5_0"], 1 << 14, 1 << 9, np.zeros((0, 0), np.uint8))
+    assert alike([large, parts[2]])[0] is large
+
+
+def test_rows_of_a_head_alternate() -> None:
+    """Within each head; bias too. Not where heads have no runs of sixteen, or formats differ."""
+    fmt = quant.BY_NAME["Q8_0"]
+    part = Matrix("x", fmt, 96, 256, random_rows(fmt, 96, 256))
+    bias = np.arange(96, dtype=np.float32)
+    (one,) = Uploader(torch.device("cpu")).weight([part], [bias], head_dim=48).parts
+    assert isinstance(one.weight, PackedMatrix) and one.weight.head == 48 and not one.weight.paired
+    assert one.bias is not None
+    order = one.bias.long().tolist()
+    assert order[:24] == [*range(8), *range(24, 32), *range(8, 16)] and order[48:56] == [*range(48, 56)]
+    assert np.array_equal(unpacked(one.weight)[:96], part.data[order])
+    (other,) = Uploader(torch.device("cpu")).weight([part], [bias], head_dim=24).parts
+    assert isinstance(other.weight, PackedMatrix) and other.weight.head == 0
+    assert np.array_equal(unpacked(other.weight)[:96], part.data)
+
+
 def test_rows_that_cannot_alternate_stay_in_order() -> None:
     def matrix(name: str, n: int) -> Matrix:
         fmt = quant.BY_NAME[name]
@@ -151,7 +194,7 @@ def test_rows_that_cannot_alternate_stay_in_order() -> None:
     q8 = matrix("Q8_0", 16)
     for parts, gated in (
         ([q8, q8], False),
-        ([q8, matrix("Q4_0", 16)], True),
+        ([q8, matrix("Q4_1", 16)], True),
         ([q8, matrix("Q8_0", 32)], True),
         ([q8, q8, q8, q8], True),
         ([matrix("Q8_0", 12), matrix("Q8_0", 12)], True),

@@ -12,6 +12,7 @@ import torch
 from worker_orcd.kernels.backend import (
     CLAMPED_SWIGLU_ALPHA,
     CLAMPED_SWIGLU_LIMIT,
+    AttentionParams,
     BatchInputs,
     Glu,
     Limits,
@@ -29,6 +30,7 @@ from worker_orcd.kernels.cuda.program import (
     ExpertLinear,
     Gated,
     Gelu,
+    Heads,
     Linear,
     Norm,
     Operation,
@@ -87,6 +89,11 @@ class TorchLauncher:
             gate, up = y.view(len(y), -1, 2, 8).unbind(2)
             gate, up = (half.reshape(len(y), -1) for half in (gate, up))
             y = torch.cat((gate, up), dim=1) if one.glu is None else gated(one.glu, gate, up)
+        if isinstance(one.weight, PackedMatrix) and one.weight.head:
+            y = y.view(len(y), -1, one.weight.head // 16, 2, 8).transpose(2, 3).reshape(y.shape)
+        if one.heads is not None:
+            self._store(y.float(), one.heads, view(one.out))
+            return
         if one.residual is not None:
             y = y + view(one.residual)
         view(one.out).copy_(y)
@@ -103,18 +110,23 @@ class TorchLauncher:
 
     @_run.register
     def _(self, one: RopeStore, view: View, bucket: Bucket) -> None:
-        params, x = one.params, view(one.qkv)
-        tokens, dim = len(x), params.head_dim
-        widths = params.num_heads * dim, params.num_kv_heads * dim, params.num_kv_heads * dim
-        q, k, v = (part.reshape(tokens, -1, dim) for part in x.split(widths, dim=1))
+        x, dim = view(one.qkv), one.params.head_dim
+        q, k, v = _heads(x, one.params)
         if one.q_gain is not None:
             q = torch.nn.functional.rms_norm(q, (dim,), one.q_gain, one.eps)
         if one.k_gain is not None:
             k = torch.nn.functional.rms_norm(k, (dim,), one.k_gain, one.eps)
+        x = torch.cat([part.reshape(len(x), -1) for part in (q, k, v)], dim=1)
+        self._store(x, Heads(one.rope, one.cache, one.params), view(one.out))
+
+    def _store(self, x: torch.Tensor, one: Heads, out: torch.Tensor) -> None:
+        """Rotated q to `out`, rotated k and v to the cache."""
+        tokens = len(x)
+        q, k, v = _heads(x, one.params)
         if one.rope is not None:
             positions = self._inputs.positions[:tokens]
             q, k = (rotated(part, positions, one.rope) for part in (q, k))
-        view(one.out).copy_(q.reshape(tokens, -1))
+        out.copy_(q.reshape(tokens, -1))
         cache, size = one.cache.tensor, self._limits.block_size
         slots = self._inputs.slots[one.cache.group, :tokens].long()
         for side, values in enumerate((k, v)):
@@ -197,6 +209,13 @@ class TorchLauncher:
     @_run.register
     def _(self, one: Cast, view: View, bucket: Bucket) -> None:
         view(one.out).copy_(view(one.x))
+
+
+def _heads(x: torch.Tensor, params: AttentionParams) -> tuple[torch.Tensor, ...]:
+    """q, k and v, (tokens, heads, head_dim) each."""
+    dim = params.head_dim
+    widths = params.num_heads * dim, params.num_kv_heads * dim, params.num_kv_heads * dim
+    return tuple(part.reshape(len(x), -1, dim) for part in x.split(widths, dim=1))
 
 
 def gated(kind: Glu, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -112,8 +112,9 @@ class NativeBackend:
         bias: Sequence[NDArray[np.float32] | None] = (),
         *,
         gated: bool = False,
+        head_dim: int = 0,
     ) -> NativeWeight:
-        """Rows lie as they come, `gated` or not. Raises UnsupportedFormat naming the tensor;
+        """Rows lie as they come, whatever they are. Raises UnsupportedFormat naming the tensor;
         InsufficientMemory.
         """
         return pack_matrices(self._library, parts, bias, self._threads)

@@ -99,8 +99,9 @@ class ReferenceBackend:
         bias: Sequence[NDArray[np.float32] | None] = (),
         *,
         gated: bool = False,
+        head_dim: int = 0,
     ) -> ReferenceWeight:
-        """Rows lie as they come, `gated` or not."""
+        """Rows lie as they come, whatever they are."""
         return ReferenceWeight(tuple(_owned(part) for part in parts), join_bias(parts, bias))
 
     def experts(

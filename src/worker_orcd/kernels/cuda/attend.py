@@ -180,6 +180,7 @@ class Attention:
             "START": self._start, "SPLITTING": self._splitting,
             "MAX_ROWS": max(2, 1 << (rows - 1).bit_length()), "CHUNK": _CHUNK,
         }  # fmt: skip
+        constants["OVERLAP"] = self._kernels.overlap_mode(tokens)
         kernel = Kernel(
             module="attention", function="plan", arguments=arguments, constants=tuple(constants.items())
         )
@@ -209,8 +210,13 @@ class Attention:
         if not params.scale > 0:
             raise ValueError(f"scores are multiplied by {params.scale}; it must be positive")
         plan = self._plan_of(cut, tile)
+        overlap = self._kernels.overlap_mode(len(q))
         self._kernels.launch(
-            attend_kernel(cut, tile, keys_values.shape[3], q.dtype, out.dtype, sinks is not None),
+            attend_kernel(
+                cut, tile, keys_values.shape[3], q.dtype, out.dtype, sinks is not None,
+                overlap,
+                self._kernels.overlap.ahead if overlap else 0,
+            ),
             (plan.programs, 1, 1), q, keys_values, table, self._work[plan], out if sinks is None else sinks,
             out, self._parts, self._sums, self._counters, float(params.scale), keys_values.stride(0),
             keys_values.stride(1), q.stride(0), table.stride(0),
@@ -219,7 +225,14 @@ class Attention:
 
 
 def attend_kernel(
-    cut: Cut, tile: Tile, block_size: int, dtype: torch.dtype, out: torch.dtype, sinks: bool
+    cut: Cut,
+    tile: Tile,
+    block_size: int,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    sinks: bool,
+    overlap: int = 0,
+    ahead: int = 0,
 ) -> Kernel:
     """The kernel of one kind of layer."""
     params = cut.params
@@ -236,6 +249,8 @@ def attend_kernel(
         "BLOCK_SIZE": block_size, "WINDOW": params.window or 0, "SINKS": sinks,
         "MERGED": min(16, 1 << (cut.heads - 1).bit_length()),  # rows whose parts are merged at a time
         "AT_ONCE": 8 if sum(cut.values) < _WIDEST else 4,  # splits that are on their way then
+        "OVERLAP": overlap,
+        "AHEAD": ahead,
     }  # fmt: skip
     return Kernel(
         module="attention",

@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker_orcd.kernels.cuda.overlap import ask_lines, wait
+
 KEYS = tl.constexpr(64)  # of a tile
 TURNS = tl.constexpr(8)
 RECORD = tl.constexpr(16)  # integers a unit; the first one holds their number
@@ -58,13 +60,14 @@ def first_seen(position, WINDOW: tl.constexpr):
 @triton.jit
 def plan(query_start, context_lens, work, rows, programs, LANES: tl.constexpr, QUERIES: tl.constexpr,
          WINDOW: tl.constexpr, CAPACITY: tl.constexpr, START: tl.constexpr, SPLITTING: tl.constexpr,
-         MAX_ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+         MAX_ROWS: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr = 0):  # fmt: skip
     """Programs: rows. Writes the units of each row to `work`, the last queries of a row first.
 
     A row is cut into as many units as are done soonest: of the numbers that leave all programs about equally
     many units, once to TURNS times, the best one, if a unit begins in the time of START tiles of keys, and
     that of a cut row takes SPLITTING more. It stays whole if there is no room for what its parts would leave.
     """
+    wait(OVERLAP)
     row = tl.program_id(0)
     every = tl.arange(0, MAX_ROWS)
     start = tl.load(query_start + every, mask=every < rows, other=0)
@@ -226,6 +229,20 @@ def paged(tile, BLOCK_SIZE: tl.constexpr):
         return (tile * KEYS + key) // BLOCK_SIZE, (tile * KEYS + key) % BLOCK_SIZE
 
 
+@triton.jit
+def ask_tile(keys, values, table, tile, end, block_stride, D: tl.constexpr, V: tl.constexpr,
+             BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Bring a tile of keys and values to the L2 cache, if it is before tile `end`."""
+    entry, place = paged(tile, BLOCK_SIZE)
+    there = entry * 0 + tile < end
+    block = tl.load(table + entry, mask=there, other=0, cache_modifier=".cg")
+    at = block.to(tl.int64) * block_stride + place * D
+    for column in tl.static_range(0, D, 64):
+        ask_lines(keys + at + column, there)
+    for column in tl.static_range(0, V, 64):
+        ask_lines(values + at + column, there)
+
+
 # -- attention ---------------------------------------------------------------------------------------------
 
 
@@ -234,22 +251,23 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 q_stride, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
                 D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
                 VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-                SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """One unit, for the heads of `lane`."""
+                SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
+                OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """One unit, for the heads of `lane`. What it is does not wait for the kernel before."""
     D: tl.constexpr = D0 + D1
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
     LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
     dtype: tl.constexpr = cache.dtype.element_ty
-    token = tl.load(record)
-    tokens = tl.load(record + 1)
-    position = tl.load(record + 2)
-    cache_row = tl.load(record + 3)
-    first = tl.load(record + 4)
-    last = tl.load(record + 5)
-    number = tl.load(record + 6)  # of units that have these queries
-    split = tl.load(record + 7)  # this unit's first
-    splits = tl.load(record + 8)
-    base = tl.load(record + 9)
+    token = tl.load(record, cache_modifier=".cg")
+    tokens = tl.load(record + 1, cache_modifier=".cg")
+    position = tl.load(record + 2, cache_modifier=".cg")
+    cache_row = tl.load(record + 3, cache_modifier=".cg")
+    first = tl.load(record + 4, cache_modifier=".cg")
+    last = tl.load(record + 5, cache_modifier=".cg")
+    number = tl.load(record + 6, cache_modifier=".cg")  # of units that have these queries
+    split = tl.load(record + 7, cache_modifier=".cg")  # this unit's first
+    splits = tl.load(record + 8, cache_modifier=".cg")
+    base = tl.load(record + 9, cache_modifier=".cg")
 
     part = lane % VALUE_PARTS
     head_tile = lane // VALUE_PARTS % HEAD_TILES
@@ -267,6 +285,18 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
     v0 = tl.arange(0, V0)
     v1 = tl.arange(0, V1 if V1 > 0 else 16)
     qp = q + ((token + query) * q_stride + head * D)[:, None]
+    kp = cache + kv_head * (BLOCK_SIZE * D)
+    vp = kp + values + part * V0
+    table += cache_row * table_stride
+    end = position + tokens
+    # A tile ahead: keys are requested without waiting for where they are.
+    entry, _ = paged(first, BLOCK_SIZE)
+    block = tl.load(
+        table + entry, mask=first * KEYS + tl.arange(0, KEYS) < end, other=0, cache_modifier=".cg"
+    )
+    for i in tl.static_range(AHEAD):
+        ask_tile(kp, vp, table, first + i, last, block_stride, D, V0 + V1, BLOCK_SIZE)
+    wait(OVERLAP)
     q0 = tl.load(qp + d0[None, :], mask=live[:, None], other=0.0)
     q1 = q0
     if D1 > 0:
@@ -274,10 +304,6 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
 
     ones = tl.full((KEYS, 16), 1.0, dtype)
     factor = scale * LOG2_E
-    end = position + tokens
-    kp = cache + kv_head * (BLOCK_SIZE * D)
-    vp = kp + values + part * V0
-    table += cache_row * table_stride
     while first < last:  # once for all splits that are merged here, or once for each that is left in memory
         border = split_start(split_of(first * KEYS) + 1) // KEYS
         stop = last
@@ -294,9 +320,6 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
             ACC1 = tl.zeros((ROWS, V1), tl.float32)
             acc1 = ACC1
         some = tl.zeros((ROWS, 16), tl.float32)
-        # A tile ahead: keys are requested without waiting for where they are.
-        entry, _ = paged(first, BLOCK_SIZE)
-        block = tl.load(table + entry, mask=first * KEYS + tl.arange(0, KEYS) < end, other=0)
         for tile in range(first, stop):  # in the kernel's stages
             if tile == border:
                 TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
@@ -369,13 +392,14 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
            table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
            D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_PARTS: tl.constexpr,
            ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-           MERGED: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+           MERGED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0,
+           AHEAD: tl.constexpr = 0):  # fmt: skip
     """Any number of programs. The queries have D0 + D1 columns, a program gives V0 + V1 of the values'.
 
     They take turns forth and back, so that the first, longest, units do not all fall to the same ones.
     """
     LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
-    items = tl.load(work) * LANES
+    items = tl.load(work, cache_modifier=".cg") * LANES
     programs = tl.num_programs(0)
     turns = (items + programs - 1) // programs
     for turn in range(turns):
@@ -387,4 +411,6 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
             record = work + RECORD + item // LANES * RECORD
             attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
                         values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D0, D1,
-                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE)  # fmt: skip
+                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE, OVERLAP,
+                        AHEAD)  # fmt: skip
+    wait(OVERLAP)  # a kernel that had nothing to do must not end before those before it

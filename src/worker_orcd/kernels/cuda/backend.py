@@ -126,10 +126,11 @@ class CudaBackend:
         bias: Sequence[NDArray[np.float32] | None] = (),
         *,
         gated: bool = False,
+        head_dim: int = 0,
     ) -> CudaWeight:
         """Raises UnsupportedFormat naming the tensor; InsufficientMemory."""
         try:
-            return self._uploader.weight(parts, bias, gated=gated)
+            return self._uploader.weight(parts, bias, gated=gated, head_dim=head_dim)
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{parts[0].name} does not fit into the GPU's memory") from error
 

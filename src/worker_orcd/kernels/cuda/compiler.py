@@ -25,6 +25,26 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """How kernels of a step of few tokens start before those before them have ended. It changes no bits.
+
+    Modes are those of `overlap`. A kernel of a larger weight than `largest` starts when all is over: what it
+    asks for early would take from the one before it what that needs.
+    """
+
+    mode: int = 0  # of all kernels but products
+    product: int = 0  # of products
+    largest: int = 0  # bytes of a weight
+    early: int = 0  # steps of weights that go to registers
+    ahead: int = 0  # tiles of keys and values that attention brings to the L2 cache
+    asked: int = 0  # bytes of a weight of which all else goes to the L2 cache
+
+
+NO_OVERLAP = Overlap()
+OVERLAPPING_TOKENS = 64  # a step of more has no time to gain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """All that compiled code depends on, beside the GPU."""
 
@@ -69,6 +89,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
         "num_warps": kernel.warps,
         "num_stages": kernel.stages,
         "enable_fp_fusion": kernel.fused,
+        "launch_pdl": dict(kernel.constants).get("OVERLAP", 0) > 0,
     }
     return triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
 
@@ -76,8 +97,15 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
 class Kernels:
     """Compiled kernels of one device, launched on its current stream."""
 
-    def __init__(self, device: torch.device, capability: int, compile: Compile = compile_kernel) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        capability: int,
+        compile: Compile = compile_kernel,
+        overlap: Overlap = NO_OVERLAP,
+    ) -> None:
         self.device, self.capability = device, capability
+        self.overlap = overlap if capability >= 90 else NO_OVERLAP
         self._compile = compile
         self._compiled: dict[Kernel, Any] = {}
         self._collected: dict[Kernel, None] | None = None  # while `collect` runs
@@ -89,6 +117,10 @@ class Kernels:
             return 132
         cuda: Any = torch.cuda
         return int(cuda.get_device_properties(self.device).multi_processor_count)
+
+    def overlap_mode(self, tokens: int) -> int:
+        """Of a kernel that is no product, in a step of `tokens`."""
+        return self.overlap.mode if tokens <= OVERLAPPING_TOKENS else 0
 
     def compiled(self, kernel: Kernel) -> Any:
         """Loaded onto the device at its first launch."""

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from worker_orcd.kernels.backend import CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT
+from worker_orcd.kernels.cuda.overlap import wait
 
 _ALPHA, _LIMIT = tl.constexpr(CLAMPED_SWIGLU_ALPHA), tl.constexpr(CLAMPED_SWIGLU_LIMIT)
 _LARGEST_HALF = tl.constexpr(65504.0)
@@ -57,8 +58,9 @@ def applied(x, y, factor, OP: tl.constexpr):
 @triton.jit
 def elementwise(x, y, indices, out, factor, x_stride, y_stride, out_stride, N: tl.constexpr,
                 OP: tl.constexpr, BINARY: tl.constexpr, GATHER: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, OVERLAP: tl.constexpr = 0):  # fmt: skip
     """`out` (tokens, N) = OP of x and y (tokens, N); with GATHER, of rows `indices` of x."""
+    wait(OVERLAP)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
     row = token
@@ -75,8 +77,10 @@ def elementwise(x, y, indices, out, factor, x_stride, y_stride, out_stride, N: t
 
 @triton.jit
 def combine(x, weights, residual, out, x_stride, weights_stride, residual_stride, out_stride,
-            N: tl.constexpr, SLOTS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            N: tl.constexpr, SLOTS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+            OVERLAP: tl.constexpr = 0):  # fmt: skip
     """`out` (tokens, N): x (tokens, SLOTS * N), slots weighted and added up in order; then the residual."""
+    wait(OVERLAP)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
     mask = column < N

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from worker_orcd.kernels.cuda.dequantise import looked_up
 from worker_orcd.kernels.cuda.elementwise import rounded
+from worker_orcd.kernels.cuda.overlap import wait
 
 
 @triton.jit
@@ -102,7 +103,8 @@ def block_value(code, s, row, block, FORMAT: tl.constexpr, HEADER: tl.constexpr)
 @triton.jit
 def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl.constexpr,
           BLOCK: tl.constexpr, STEP: tl.constexpr, PLANES: tl.constexpr, HIGH: tl.constexpr,
-          SHARE: tl.constexpr, HEADER: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+          SHARE: tl.constexpr, HEADER: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+          OVERLAP: tl.constexpr = 0):  # fmt: skip
     """`out` (tokens, K) = rows `indices` of a packed table, times factor.
 
     See `linear` for the table's parameters; GROUP: the columns that a row's header words are for.
@@ -114,7 +116,7 @@ def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(1).to(tl.int64)
     mask = column < K
-    index = tl.load(indices + token)
+    index = tl.load(indices + token, cache_modifier=".cg")
     tile = (index // 64).to(tl.int64)
     row = index % 64
     inside = tl.minimum(column, K - 1)
@@ -144,4 +146,5 @@ def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl
             value = k_value(code, group, row, inside % 256 // SUB, FORMAT, HEADER)
         else:
             value = block_value(code, group, row, inside % GROUP // BLOCK, FORMAT, HEADER)
+    wait(OVERLAP)
     tl.store(out + token * out_stride + column, rounded(value * factor, out), mask=mask)

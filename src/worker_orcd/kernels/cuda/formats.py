@@ -220,7 +220,7 @@ def load_weights(w, h, s, rows, part, PARTS: tl.constexpr, HEADER: tl.constexpr,
 
 
 @triton.jit
-def load_x(x, mask, left, AT: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def load_plane(x, mask, left, AT: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
     """Columns AT … AT + WIDTH of the activations. `left`: columns to the end of the row, if TAIL."""
     if TAIL:
         mask = mask & (tl.arange(0, WIDTH)[:, None] < left - AT)
@@ -228,47 +228,50 @@ def load_x(x, mask, left, AT: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.conste
 
 
 @triton.jit
-def multiply(acc, weights, shift, x, mask, left, FORMAT: tl.constexpr, ROWS: tl.constexpr,
-             WIDTH: tl.constexpr, TAIL: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
-    """The sums, [rows, tokens], and a step of weights times activations."""
+def load_x(x, mask, left, PLANES: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """A step's columns of the activations, plane by plane."""
+    planes = ()
+    for p in tl.static_range(PLANES):
+        planes = planes + (load_plane(x, mask, left, p * WIDTH, WIDTH, TAIL),)
+    return planes
+
+
+@triton.jit
+def multiply(acc, weights, shift, x, FORMAT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+             PORTABLE: tl.constexpr):  # fmt: skip
+    """The sums, [rows, tokens], and a step of weights times activations. `x`: from `load_x`."""
     words, high, s0, s1, s2, s3, s4 = weights
     s = (s0, s1, s2, s3, s4)
     if FORMAT == "F16" or FORMAT == "BF16" or FORMAT == "F32":
-        x0 = load_x(x, mask, left, 0, WIDTH, TAIL)
         if FORMAT == "F32":
             if PORTABLE:
-                acc = tl.dot(words, x0.to(tl.float32), acc)
+                acc = tl.dot(words, x[0].to(tl.float32), acc)
             else:
                 upper = words.to(tl.bfloat16)
-                acc = tl.dot(upper, x0, acc)
-                acc = tl.dot((words - upper.to(tl.float32)).to(tl.bfloat16), x0, acc)
+                acc = tl.dot(upper, x[0], acc)
+                acc = tl.dot((words - upper.to(tl.float32)).to(tl.bfloat16), x[0], acc)
         elif FORMAT == "BF16" and PORTABLE:
-            acc = tl.dot(words.to(tl.float32), x0.to(tl.float32), acc)
+            acc = tl.dot(words.to(tl.float32), x[0].to(tl.float32), acc)
         else:
-            acc = tl.dot(words, x0, acc)
+            acc = tl.dot(words, x[0], acc)
     elif FORMAT == "Q8_0":
-        x0 = load_x(x, mask, left, 0, WIDTH, TAIL)
-        x1 = load_x(x, mask, left, WIDTH, WIDTH, TAIL)
         a, b = two_planes(words, PORTABLE)
-        acc = tl.dot(a * block_scale(s, 0, ROWS, WIDTH), x0, acc)
-        acc = tl.dot(b * block_scale(s, 1, ROWS, WIDTH), x1, acc)
+        acc = tl.dot(a * block_scale(s, 0, ROWS, WIDTH), x[0], acc)
+        acc = tl.dot(b * block_scale(s, 1, ROWS, WIDTH), x[1], acc)
     elif FORMAT == "Q2_K" or FORMAT == "Q3_K":
-        acc = multiply_eight(acc, words, high, s, shift, x, mask, FORMAT, ROWS, WIDTH, PORTABLE)
+        acc = multiply_eight(acc, words, high, s, shift, x, FORMAT, ROWS, WIDTH, PORTABLE)
     else:
-        x0 = load_x(x, mask, left, 0, WIDTH, TAIL)
-        x1 = load_x(x, mask, left, WIDTH, WIDTH, TAIL)
-        x2 = load_x(x, mask, left, 2 * WIDTH, WIDTH, TAIL)
-        x3 = load_x(x, mask, left, 3 * WIDTH, WIDTH, TAIL)
-        if FORMAT == "MXFP4" and PORTABLE:
-            x0 = x0.to(tl.float32)
-            x1 = x1.to(tl.float32)
-            x2 = x2.to(tl.float32)
-            x3 = x3.to(tl.float32)
         a, b, c, d = four_operands(words, high, s, shift, FORMAT, ROWS, WIDTH, PORTABLE)
-        acc = tl.dot(a, x0, acc)
-        acc = tl.dot(b, x1, acc)
-        acc = tl.dot(c, x2, acc)
-        acc = tl.dot(d, x3, acc)
+        if FORMAT == "MXFP4" and PORTABLE:
+            acc = tl.dot(a, x[0].to(tl.float32), acc)
+            acc = tl.dot(b, x[1].to(tl.float32), acc)
+            acc = tl.dot(c, x[2].to(tl.float32), acc)
+            acc = tl.dot(d, x[3].to(tl.float32), acc)
+        else:
+            acc = tl.dot(a, x[0], acc)
+            acc = tl.dot(b, x[1], acc)
+            acc = tl.dot(c, x[2], acc)
+            acc = tl.dot(d, x[3], acc)
     return acc
 
 
@@ -328,7 +331,7 @@ def four_operands(words, high, s, shift, FORMAT: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def multiply_eight(acc, words, high, s, shift, x, mask, FORMAT: tl.constexpr, ROWS: tl.constexpr,
+def multiply_eight(acc, words, high, s, shift, x, FORMAT: tl.constexpr, ROWS: tl.constexpr,
                    WIDTH: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
     """`multiply` for the formats that have eight planes."""
     if FORMAT == "Q2_K":
@@ -336,9 +339,8 @@ def multiply_eight(acc, words, high, s, shift, x, mask, FORMAT: tl.constexpr, RO
     else:
         planes = eight_planes(words, high, shift, 1, 4, PORTABLE)
     for p in tl.static_range(8):
-        xp = load_x(x, mask, 0, p * WIDTH, WIDTH, False)
         if FORMAT == "Q2_K":
-            acc = tl.dot(q2_scaled(planes[p], s, 2 * p, ROWS, WIDTH, PORTABLE), xp, acc)
+            acc = tl.dot(q2_scaled(planes[p], s, 2 * p, ROWS, WIDTH, PORTABLE), x[p], acc)
         else:
-            acc = tl.dot(q3_scaled(planes[p], s, p, ROWS, WIDTH, PORTABLE), xp, acc)
+            acc = tl.dot(q3_scaled(planes[p], s, p, ROWS, WIDTH, PORTABLE), x[p], acc)
     return acc

@@ -25,6 +25,7 @@ from worker_orcd.kernels.cuda.program import (
     ExpertLinear,
     Gated,
     Gelu,
+    Heads,
     Linear,
     Norm,
     Operation,
@@ -46,7 +47,7 @@ _TYPED = (Norm, Gated, Gelu, Attend, ExpertLinear, Cast, Take)
 def fuse(operations: Sequence[Operation], result: Value) -> list[Operation]:
     """All passes in order. `result` stays as it is."""
     fused = _scale_embeddings(operations)
-    fused = _rotate_and_store(fused)
+    fused = _store_in_products(_rotate_and_store(fused))
     fused = _gate_in_products(fused)
     fused = _add_to_products(fused, result)
     return _round(fused, result)
@@ -132,6 +133,30 @@ class _Chain:
         self.source = value
 
 
+def _store_in_products(operations: Sequence[Operation]) -> list[Operation]:
+    """Rotating whole heads and storing them is the epilogue of the product that makes them."""
+    uses, writers = _uses(operations), _writers(operations)
+    gone: set[Operation] = set()
+    changed: dict[Operation, Operation] = {}
+    for one in operations:
+        if not isinstance(one, RopeStore) or not one.qkv.is_whole or uses[one.qkv.buffer] != 1:
+            continue
+        product, *others = writers[one.qkv.buffer]
+        if not others and _has_heads(product, one):
+            gone.add(product)
+            heads = Heads(one.rope, one.cache, one.params)
+            changed[one] = replace(product, heads=heads, out=one.out)
+    return [changed.get(one, one) for one in operations if one not in gone]
+
+
+def _has_heads(product: Operation, store: RopeStore) -> TypeGuard[Linear]:
+    if not isinstance(product, Linear) or not isinstance(product.weight, PackedMatrix):
+        return False
+    dim = store.params.head_dim
+    plain = store.q_gain is None and store.k_gain is None
+    return product.weight.head == dim and plain and (store.rope is None or store.rope.rotary_dim == dim)
+
+
 def _gate_in_products(operations: Sequence[Operation]) -> list[Operation]:
     """A gated unit of the two halves of a paired product is that product's epilogue."""
     uses, writers = _uses(operations), _writers(operations)
@@ -180,7 +205,9 @@ def _add_to_products(operations: Sequence[Operation], result: Value) -> list[Ope
 
 
 def _can_add(product: Operation) -> bool:
-    return isinstance(product, Combine) or (isinstance(product, Linear) and product.glu is None)
+    if isinstance(product, Linear):
+        return product.glu is None and product.heads is None
+    return isinstance(product, Combine)
 
 
 def _can_round(writer: Operation) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from worker_orcd.kernels.backend import Glu
-from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.kernels.backend import AttentionParams, Glu
+from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernels
 from worker_orcd.kernels.cuda.variants import (
     MAX_SPLIT_TOKENS,
     Epilogue,
+    Store,
     Tile,
     Variant,
     choose_tile,
@@ -17,6 +20,51 @@ from worker_orcd.kernels.cuda.weights import PackedMatrix
 
 _OUT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _COUNTERS = 1 << 14  # row tiles times token tiles of a split product
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsTo:
+    """Where a product of q, k and v puts k and v, and how it rotates: see `linear.store_heads`."""
+
+    params: AttentionParams
+    cache: torch.Tensor  # (2, num_blocks, num_kv_heads, block_size, head_dim), contiguous
+    positions: torch.Tensor  # (tokens,) int32
+    slots: torch.Tensor  # likewise
+    table: torch.Tensor | None  # of `operations.rope_table`
+
+    @property
+    def store(self) -> Store:
+        params = self.params
+        return Store(
+            num_heads=params.num_heads,
+            num_kv_heads=params.num_kv_heads,
+            cache_block=self.cache.shape[3],
+            rotated=self.table is not None,
+        )
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor | int, ...]:
+        """The kernel's."""
+        table = self.cache if self.table is None else self.table
+        return self.cache, self.positions, self.slots, table, self.cache.stride(0)
+
+
+def _nowhere(out: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    """`HeadsTo.arguments` of what has no heads."""
+    return out, out, out, out, 0
+
+
+def _columns(weight: PackedMatrix, glu: Glu | None, heads: HeadsTo | None) -> int:
+    """Of the output. Raises ValueError where the weight's rows do not lie so."""
+    if glu is not None:
+        return weight.n // 2
+    if heads is None:
+        return weight.n
+    params = heads.params
+    all_heads = params.num_heads + 2 * params.num_kv_heads
+    if weight.head != params.head_dim or weight.n != all_heads * params.head_dim:
+        raise ValueError(f"a weight of {weight.n} rows, heads of {weight.head}, for {params}")
+    return params.num_heads * params.head_dim
 
 
 class Products:
@@ -47,6 +95,7 @@ class Products:
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         glu: Glu | None = None,
+        heads: HeadsTo | None = None,
         tile: Tile | None = None,
     ) -> torch.Tensor:
         """`out` (tokens, n) = x (tokens, k) @ weight.T, then + bias (n,), then + residual (tokens, n).
@@ -59,7 +108,7 @@ class Products:
         tokens, n = len(x), weight.n
         if glu is not None and (residual is not None or not weight.paired):
             raise ValueError("a gated unit needs a weight of gates and what goes with them, and no residual")
-        if out.shape != (tokens, n if glu is None else n // 2):
+        if out.shape != (tokens, _columns(weight, glu, heads)):
             raise ValueError(f"{tokens} tokens, a weight of {n} rows: out is {tuple(out.shape)}")
         tile = tile or choose_tile(weight.shape, n, tokens, self._kernels.capability)
         if tile.split and weight.shape.chunks * tokens * n > len(self._partials):
@@ -69,16 +118,29 @@ class Products:
             residual=residual is not None,
             paired=weight.paired,
             glu=glu,
+            head=weight.head,
+            store=None if heads is None else heads.store,
             out=_OUT[out.dtype],
         )
         odd = out.stride(0) % 16 != 0
-        variant = Variant(shape=weight.shape, tile=tile, epilogue=epilogue, odd_stride=odd)
+        overlap = self._kernels.overlap
+        near = tokens <= OVERLAPPING_TOKENS and weight.num_bytes <= overlap.largest and overlap.product
+        early = near and tokens <= 16
+        variant = Variant(
+            shape=weight.shape,
+            tile=tile,
+            epilogue=epilogue,
+            odd_stride=odd,
+            overlap=overlap.product if near else 0,
+            early=min(overlap.early, weight.shape.steps_of_chunk) if early else 0,
+            asked=bool(early) and tile.rows == 64 and weight.num_bytes <= overlap.asked,
+        )
         grid = -(-n // tile.rows), -(-tokens // tile.tokens), weight.shape.chunks if tile.split else 1
         self._kernels.launch(
             variant.kernel(), grid,
             weight.words, weight.high, weight.headers, weight.shifts, x, out,
             self._partials if tile.split else out, self._counters,
             out if bias is None else bias, out if residual is None else residual,
-            n, tokens, out.stride(0),
+            n, tokens, out.stride(0), *(_nowhere(out) if heads is None else heads.arguments),
         )  # fmt: skip
         return out

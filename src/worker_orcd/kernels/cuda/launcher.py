@@ -14,7 +14,7 @@ from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.executor import Launch, View
 from worker_orcd.kernels.cuda.expert_products import ExpertProducts, Order
 from worker_orcd.kernels.cuda.inputs import Bucket
-from worker_orcd.kernels.cuda.launch import Products
+from worker_orcd.kernels.cuda.launch import HeadsTo, Products
 from worker_orcd.kernels.cuda.operations import Operations, rope_table
 from worker_orcd.kernels.cuda.program import (
     Add,
@@ -26,6 +26,7 @@ from worker_orcd.kernels.cuda.program import (
     ExpertLinear,
     Gated,
     Gelu,
+    Heads,
     Linear,
     Norm,
     Operation,
@@ -57,8 +58,9 @@ class KernelLauncher:
                 self._experts.reserve(one.weight, limits.max_tokens, one.experts.width)
             elif isinstance(one, Attend):
                 self._attention.reserve(one.params)
-            elif isinstance(one, RopeStore) and one.rope is not None and one.rope not in self._tables:
-                self._tables[one.rope] = rope_table(one.rope, positions, kernels.device)
+            rotating = one.heads if isinstance(one, Linear) else one
+            if isinstance(rotating, RopeStore | Heads) and rotating.rope not in (None, *self._tables):
+                self._tables[rotating.rope] = rope_table(rotating.rope, positions, kernels.device)
 
     def prepare(self, bucket: Bucket) -> Sequence[Launch]:
         return self._attention.plans(self._inputs, bucket.tokens)
@@ -66,7 +68,7 @@ class KernelLauncher:
     def launch(self, operation: Operation, view: View, bucket: Bucket) -> Launch:
         match operation:
             case Linear():
-                return self._linear(operation, view)
+                return self._linear(operation, view, bucket)
             case Norm():
                 return self._norm(operation, view)
             case RopeStore():
@@ -105,17 +107,28 @@ class KernelLauncher:
             case _:
                 raise Internal(f"there is no kernel for {type(one).__name__}")
 
-    def _linear(self, one: Linear, view: View) -> Launch:
+    def _linear(self, one: Linear, view: View, bucket: Bucket) -> Launch:
         x, out = view(one.x), view(one.out)
         residual = None if one.residual is None else view(one.residual)
         if isinstance(one.weight, PackedMatrix):
+            heads = None if one.heads is None else self._heads(one.heads, bucket)
             return partial(
-                self._products.linear, x, one.weight, out, bias=one.bias, residual=residual, glu=one.glu
-            )
+                self._products.linear, x, one.weight, out, bias=one.bias, residual=residual, glu=one.glu,
+                heads=heads,
+            )  # fmt: skip
         product = partial(self._operations.linear_f32, x, one.weight, one.bias, out)
         if residual is None:
             return product
         return partial(_in_order, product, partial(self._operations.add, residual, out, out))
+
+    def _heads(self, one: Heads, bucket: Bucket) -> HeadsTo:
+        return HeadsTo(
+            one.params,
+            one.cache.tensor,
+            self._inputs.positions[: bucket.tokens],
+            self._inputs.slots[one.cache.group, : bucket.tokens],
+            None if one.rope is None else self._tables[one.rope],
+        )
 
     def _route(self, one: Route, view: View, bucket: Bucket) -> Launch:
         """And what the products that follow want to know of it."""

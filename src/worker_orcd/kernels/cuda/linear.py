@@ -10,7 +10,7 @@ sum starts at zero; the chunks are added in ascending order, whoever does it:
   changes nothing. Counters return to zero.
 * otherwise a program walks all chunks.
 
-Then, in this order: bias, gated unit or residual.
+Then, in this order: bias, gated unit or rotated heads or residual.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ import triton
 import triton.language as tl
 
 from worker_orcd.kernels.cuda.elementwise import applied, rounded
-from worker_orcd.kernels.cuda.formats import load_weights, multiply
+from worker_orcd.kernels.cuda.formats import load_weights, load_x, multiply
+from worker_orcd.kernels.cuda.overlap import ask, release, wait
 
 
 @triton.jit
 def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr, FORMAT: tl.constexpr,
               BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr, PLANES: tl.constexpr,
               HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr,
-              TOKENS: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
-    """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]"""
+              TOKENS: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+              OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
+    """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]
+
+    With OVERLAP weights are asked for before activations are there: those of EARLY steps into registers, and,
+    if ASKED, those of the others to the L2 cache.
+    """
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     WIDTH: tl.constexpr = STEP // PLANES
     COUNT: tl.constexpr = STEPS // CHUNKS
@@ -43,20 +49,60 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
     shift = tl.load(shifts + row)
     shift = tl.broadcast_to(shift[:, None], (ROWS, WIDTH))
     left = K - chunk * (COUNT * STEP)
-    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for i in tl.range(0, COUNT, num_stages=STAGES):
+    early = ()
+    for i in tl.static_range(EARLY):
         at = (chunk * COUNT + i) % PARTS
+        early = early + (load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH),)
+        wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
+    if ASKED:
+        ask_rest(w, h, s, tl.program_id(0), chunk, STEPS, COUNT, EARLY, PARTS, WIDTH, HIGH, SHARE, HEADER,
+                 ROWS)  # fmt: skip
+    wait(OVERLAP)
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    columns = ()
+    for i in tl.static_range(EARLY):
+        columns = columns + (load_x(xp + i * STEP, token_mask, left - i * STEP, PLANES, WIDTH, TAIL),)
+    for i in tl.static_range(EARLY):
+        acc = multiply(acc, early[i], shift, columns[i], FORMAT, ROWS, WIDTH, PORTABLE)
+    xp += EARLY * STEP
+    left -= EARLY * STEP
+    for i in tl.range(0, COUNT - EARLY, num_stages=STAGES):
+        at = (chunk * COUNT + EARLY + i) % PARTS
         weights = load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH)
-        acc = multiply(acc, weights, shift, xp, token_mask, left, FORMAT, ROWS, WIDTH, TAIL, PORTABLE)
-        wp += 64 * WIDTH
-        hp += 64 // SHARE * WIDTH
-        if PARTS == 1:
-            sp += 16 * HEADER
-        else:
-            sp += at * (16 * HEADER)
+        some = load_x(xp, token_mask, left, PLANES, WIDTH, TAIL)
+        acc = multiply(acc, weights, shift, some, FORMAT, ROWS, WIDTH, PORTABLE)
+        wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
         xp += STEP
         left -= STEP
+    release(OVERLAP)
     return acc
+
+
+@triton.jit
+def advanced(w, h, s, at, WIDTH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
+             PARTS: tl.constexpr):  # fmt: skip
+    """A step's pointers to the next one's. The step is the `at`-th of its header."""
+    if PARTS == 1:
+        s += 16 * HEADER
+    else:
+        s += at * (16 * HEADER)
+    return w + 64 * WIDTH, h + 64 // SHARE * WIDTH, s
+
+
+@triton.jit
+def ask_rest(w, h, s, pn, chunk, STEPS: tl.constexpr, COUNT: tl.constexpr, EARLY: tl.constexpr,
+             PARTS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr,
+             HEADER: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Bring what a program reads of a chunk after its EARLY steps to the L2 cache: a run of each section."""
+    tl.static_assert(ROWS == 64)
+    REST: tl.constexpr = COUNT - EARLY
+    SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    step = pn * STEPS + chunk * COUNT + EARLY
+    ask(w + step * (64 * WIDTH), REST * 64 * WIDTH * SIZE)
+    if HIGH:
+        ask(h + step * (64 // SHARE * WIDTH), REST * (64 // SHARE * WIDTH * 2))
+    if HEADER:
+        ask(s + step // PARTS * (16 * HEADER), (REST + PARTS - 1) // PARTS * (64 * HEADER))
 
 
 @triton.jit
@@ -74,29 +120,44 @@ def sum_of_parts(part, apart, mask, CHUNKS: tl.constexpr, ROWS: tl.constexpr, TO
 
 
 @triton.jit
-def finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED: tl.constexpr,
-           GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
-           TOKENS: tl.constexpr):  # fmt: skip
+def halves(total, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Of rows of which eight belong to the next eight: the ones and the others. [ROWS / 2, TOKENS] each"""
+    pairs = tl.permute(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
+    low, high = tl.split(pairs)
+    return tl.reshape(low, (ROWS // 2, TOKENS)), tl.reshape(high, (ROWS // 2, TOKENS))
+
+
+@triton.jit
+def finish(total, y, bias, residual, n, tokens, stride, cache, positions, slots, table, values, token, pn,
+           PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+           ROWS: tl.constexpr, TOKENS: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr,
+           KV_HEADS: tl.constexpr, CACHE_BLOCK: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """What is done to a finished sum on its way out. `n` outputs; with GLU half as many columns.
 
-    PAIRED: eight rows are gates, the next eight what goes with them. GLU is an operation of
-    `elementwise.applied`. `stride`: from a token to the next in y and residual.
+    PAIRED: eight rows are gates, the next eight what goes with them; HEAD: likewise the halves of each head
+    of so many rows. GLU is an operation of `elementwise.applied`. `stride`: from a token to the next in y and
+    residual. HEADS: see `store_heads`.
     """
     out = pn * ROWS + tl.arange(0, ROWS)
     if BIAS:
         total += tl.load(bias + out, mask=out < n, other=0.0)[:, None]
-    if GLU != "":
-        pairs = tl.permute(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
-        gate, up = tl.split(pairs)
-        value = tl.reshape(applied(gate, up, 0.0, GLU), (ROWS // 2, TOKENS))
-        half = pn * (ROWS // 2) + tl.arange(0, ROWS // 2)
-        mask = (half < n // 2)[:, None] & token_mask
+    half = pn * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    if HEADS:
+        low, high = halves(total, ROWS, TOKENS)
+        store_heads(low, high, y, n, tokens, stride, cache, positions, slots, table, values, token, half,
+                    HEAD, HEADS, KV_HEADS, CACHE_BLOCK, ROTATED)  # fmt: skip
+    elif GLU != "":
+        gate, up = halves(total, ROWS, TOKENS)
+        mask = (half < n // 2)[:, None] & (token < tokens)[None, :]
+        value = applied(gate, up, 0.0, GLU)
         tl.store(y + token[None, :] * stride + half[:, None], rounded(value, y), mask=mask)
     else:
-        mask = (out < n)[:, None] & token_mask
+        mask = (out < n)[:, None] & (token < tokens)[None, :]
         column = out
         if PAIRED:
             column = out // 8 % 2 * (n // 2) + out // 16 * 8 + out % 8
+        elif HEAD:
+            column = out // HEAD * HEAD + out // 8 % 2 * (HEAD // 2) + out % HEAD // 16 * 8 + out % 8
         at = token[None, :] * stride + column[:, None]
         if RESIDUAL:
             total += tl.load(residual + at, mask=mask, other=0.0)
@@ -104,12 +165,52 @@ def finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED: t
 
 
 @triton.jit
-def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens, stride, K: tl.constexpr,
+def store_heads(low, high, q, n, tokens, stride, cache, positions, slots, table, values, token, half,
+                HEAD: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, CACHE_BLOCK: tl.constexpr,
+                ROTATED: tl.constexpr):  # fmt: skip
+    """Columns and those half a head further on: rotated if they are of q or k, and put where they go.
+
+    `half` counts the columns of `low`, in heads of HEAD / 2. As `rope.rope_store` does it, bit for bit.
+    """
+    HALF: tl.constexpr = HEAD // 2
+    head = half // HALF
+    column = half % HALF
+    there = token < tokens
+    live = (half < n // 2)[:, None] & there[None, :]
+    if ROTATED:
+        turned = live & (head < HEADS + KV_HEADS)[:, None]
+        position = tl.load(positions + token, mask=there, other=0)
+        angle = table + position.to(tl.int64)[None, :] * HEAD + column[:, None]
+        cos = tl.load(angle, mask=turned, other=1.0)
+        sin = tl.load(angle + HALF, mask=turned, other=0.0)
+        first = tl.where(turned, low * cos - high * sin, low)
+        high = tl.where(turned, high * cos + low * sin, high)
+        low = first
+    is_q = live & (head < HEADS)[:, None]
+    to = q + token[None, :] * stride + (head * HEAD + column)[:, None]
+    tl.store(to, rounded(low, q), mask=is_q)
+    tl.store(to + HALF, rounded(high, q), mask=is_q)
+    slot = tl.load(slots + token, mask=there, other=0)
+    place = (slot // CACHE_BLOCK).to(tl.int64) * (KV_HEADS * CACHE_BLOCK * HEAD) + slot % CACHE_BLOCK * HEAD
+    is_v = head >= HEADS + KV_HEADS
+    kv_head = tl.where(is_v, head - HEADS - KV_HEADS, head - HEADS)
+    inside = kv_head * (CACHE_BLOCK * HEAD) + column + tl.where(is_v, values, 0)
+    to = cache + place[None, :] + inside[:, None]
+    is_kv = live & (head >= HEADS)[:, None]
+    tl.store(to, rounded(low, cache), mask=is_kv)
+    tl.store(to + HALF, rounded(high, cache), mask=is_kv)
+
+
+@triton.jit
+def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens, stride, cache, positions,
+           slots, table, values, K: tl.constexpr,
            FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
            PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
            SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
            PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-           PORTABLE: tl.constexpr):  # fmt: skip
+           PORTABLE: tl.constexpr, HEAD: tl.constexpr = 0, HEADS: tl.constexpr = 0,
+           KV_HEADS: tl.constexpr = 0, CACHE_BLOCK: tl.constexpr = 0, ROTATED: tl.constexpr = False,
+           OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
     """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
     pn = tl.program_id(0)
     pt = tl.program_id(1)
@@ -126,16 +227,18 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
     if CHUNKS == 1 or SPLIT:
         total = chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, tl.program_id(2), K, FORMAT, BLOCK,
                           STEP, CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
-                          PORTABLE)  # fmt: skip
+                          PORTABLE, OVERLAP, EARLY, ASKED)  # fmt: skip
     else:
+        wait(OVERLAP)
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
         for chunk in range(CHUNKS):
             total += chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, chunk, K, FORMAT, BLOCK, STEP,
                                CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
                                PORTABLE)  # fmt: skip
     if CHUNKS == 1 or not SPLIT:
-        finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED, GLU, BIAS, RESIDUAL, ROWS,
-               TOKENS)  # fmt: skip
+        finish(total, y, bias, residual, n, tokens, stride, cache, positions, slots, table, values, token, pn,
+               PAIRED, GLU, BIAS, RESIDUAL, ROWS, TOKENS, HEAD, HEADS, KV_HEADS, CACHE_BLOCK,
+               ROTATED)  # fmt: skip
     else:
         out = pn * ROWS + rows
         mask = (out < n)[:, None] & token_mask
@@ -146,6 +249,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if finished == CHUNKS - 1:
             total = sum_of_parts(part, tokens * n, mask, CHUNKS, ROWS, TOKENS)
-            finish(total, y, bias, residual, n, stride, token, token_mask, pn, PAIRED, GLU, BIAS, RESIDUAL,
-                   ROWS, TOKENS)  # fmt: skip
+            finish(total, y, bias, residual, n, tokens, stride, cache, positions, slots, table, values, token,
+                   pn, PAIRED, GLU, BIAS, RESIDUAL, ROWS, TOKENS, HEAD, HEADS, KV_HEADS, CACHE_BLOCK,
+                   ROTATED)  # fmt: skip
             tl.store(counter, 0)

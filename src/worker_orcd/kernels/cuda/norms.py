@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from worker_orcd.kernels.cuda.elementwise import rounded
+from worker_orcd.kernels.cuda.overlap import wait
 
 
 @triton.jit
@@ -26,7 +27,8 @@ def mean(pieces, N: tl.constexpr):
 
 @triton.jit
 def norm(x, y, gain, bias, total, out, eps, x_stride, y_stride, total_stride, out_stride, N: tl.constexpr,
-         ADD: tl.constexpr, CENTRED: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+         ADD: tl.constexpr, CENTRED: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+         OVERLAP: tl.constexpr = 0):  # fmt: skip
     """`out` = x / sqrt(mean(x²) + eps) * gain of each run of N columns.
 
     CENTRED: x less its mean, and + bias. ADD: of x + y, which is written to `total`.
@@ -45,6 +47,9 @@ def norm(x, y, gain, bias, total, out, eps, x_stride, y_stride, total_stride, ou
         gains = gains + (tl.load(gain + column, mask=column < N, other=0.0),)
         if CENTRED:
             biases = biases + (tl.load(bias + column, mask=column < N, other=0.0),)
+    wait(OVERLAP)
+    for i in tl.static_range(PIECES):
+        column = i * PIECE + tl.arange(0, PIECE)
         value = tl.load(x + column, mask=column < N, other=0.0)
         if ADD:
             value += tl.load(y + column, mask=column < N, other=0.0)

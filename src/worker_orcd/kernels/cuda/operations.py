@@ -101,7 +101,7 @@ class Operations:
             "indices": indices, "w": weight.words, "h": weight.high, "s": weight.headers, "out": out,
             "factor": float(scale), "out_stride": out.stride(0),
         }  # fmt: skip
-        self._launch("embed", (-(-shape.k // _EMBEDDED), len(out), 1), arguments, constants)
+        self._launch("embed", (-(-shape.k // _EMBEDDED), len(out), 1), arguments, constants, tokens=len(out))
         return out
 
     def take(self, x: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,9 @@ class Operations:
             "N": n, "ADD": y is not None, "CENTRED": bias is not None, "PIECE": piece,
             "PIECES": block // piece,
         }  # fmt: skip
-        self._launch("norm", (runs, len(x), 1), arguments, constants, warps=warps, aligned=n % 16 == 0)
+        self._launch(
+            "norm", (runs, len(x), 1), arguments, constants, tokens=len(x), warps=warps, aligned=n % 16 == 0
+        )
         return out
 
     # -- attention's inputs --------------------------------------------------------------------------------
@@ -204,7 +206,10 @@ class Operations:
             "HEADS": heads, "HALF": power_of_two(rotary // 2) if rotary else 0,
             "REST": power_of_two(dim - rotary) if dim > rotary else 0, "WIDE": wide,
         }  # fmt: skip
-        self._launch("rope_store", (blocks, len(q_out), 1), arguments, constants, aligned=dim % 16 == 0)
+        self._launch(
+            "rope_store", (blocks, len(q_out), 1), arguments, constants, tokens=len(q_out),
+            aligned=dim % 16 == 0,
+        )  # fmt: skip
         return q_out
 
     # -- single elements -----------------------------------------------------------------------------------
@@ -246,8 +251,9 @@ class Operations:
             "N": n, "OP": op, "BINARY": y is not None, "GATHER": indices is not None, "BLOCK": block,
         }  # fmt: skip
         self._launch(
-            "elementwise", (-(-n // block), tokens, 1), arguments, constants, warps=max(1, block // 256)
-        )
+            "elementwise", (-(-n // block), tokens, 1), arguments, constants, tokens=tokens,
+            warps=max(1, block // 256),
+        )  # fmt: skip
         return out
 
     # -- experts -------------------------------------------------------------------------------------------
@@ -267,7 +273,7 @@ class Operations:
         }  # fmt: skip
         constants = {"K": k, "BIAS": bias is not None, "OUTPUTS": _ROUTER_OUTPUTS, "BLOCK": block}
         self._launch(
-            "linear_f32", (blocks, -(-tokens // each), 1), arguments, constants, warps=warps,
+            "linear_f32", (blocks, -(-tokens // each), 1), arguments, constants, tokens=tokens, warps=warps,
             aligned=k % 16 == 0, few=("bias", "out", "out_stride"),
         )  # fmt: skip
         return out
@@ -290,7 +296,9 @@ class Operations:
             "N": num_experts, "TOP_K": top_k, "BLOCK": power_of_two(num_experts),
             "SLOTS": power_of_two(top_k),
         }  # fmt: skip
-        self._launch("route", (len(logits), 1, 1), arguments, constants, warps=1, aligned=False)
+        self._launch(
+            "route", (len(logits), 1, 1), arguments, constants, tokens=len(logits), warps=1, aligned=False
+        )
 
     def combine(
         self,
@@ -311,7 +319,10 @@ class Operations:
         constants = {
             "N": n, "SLOTS": weights.shape[1], "RESIDUAL": residual is not None, "BLOCK": block,
         }  # fmt: skip
-        self._launch("combine", (-(-n // block), tokens, 1), arguments, constants, warps=max(1, block // 256))
+        self._launch(
+            "combine", (-(-n // block), tokens, 1), arguments, constants, tokens=tokens,
+            warps=max(1, block // 256),
+        )  # fmt: skip
         return out
 
     # -- launches ------------------------------------------------------------------------------------------
@@ -323,6 +334,7 @@ class Operations:
         arguments: Mapping[str, Argument],
         constants: Mapping[str, Any],
         *,
+        tokens: int,
         warps: int = 4,
         aligned: bool | None = None,
         few: tuple[str, ...] = (),
@@ -342,7 +354,7 @@ class Operations:
             module=_MODULES[function],
             function=function,
             arguments=tuple((name, _type_of(name, value)) for name, value in arguments.items()),
-            constants=tuple(constants.items()),
+            constants=(*constants.items(), ("OVERLAP", self._kernels.overlap_mode(tokens))),
             aligned=tuple(sorted(strides - odd)),
             loose=tuple(sorted(odd & tensors.keys())),
             warps=warps,

@@ -97,6 +97,15 @@ class Embed(Operation):
     out: Value
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Where a product of q, k and v puts them: q is rotated and kept, k rotated and stored, v stored."""
+
+    rope: RopeParams | None
+    cache: LayerCache
+    params: AttentionParams
+
+
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Linear(Operation):
     """Of one packed matrix; of a small float32 one, unpacked, without tensor cores."""
@@ -106,6 +115,7 @@ class Linear(Operation):
     bias: torch.Tensor | None = None
     residual: Value | None = None  # added
     glu: Glu | None = None  # of a paired weight, without a residual: `out` is half as wide
+    heads: Heads | None = None  # of a weight with heads, without a residual: `out` is q
     out: Value
 
 

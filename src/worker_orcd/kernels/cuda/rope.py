@@ -11,15 +11,17 @@ import triton
 import triton.language as tl
 
 from worker_orcd.kernels.cuda.elementwise import rounded
+from worker_orcd.kernels.cuda.overlap import wait
 
 
 @triton.jit
 def move_heads(source, target, target_stride, gain, table, eps, head, heads, DIM: tl.constexpr,
-               ROTARY: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+               ROTARY: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+               OVERLAP: tl.constexpr):  # fmt: skip
     """Heads `head` (those below `heads`) of a token's row at `source`, to `target` + head * target_stride.
 
     HALF and REST: powers of two from ROTARY / 2 and from DIM - ROTARY, 0 where there is nothing. All loads
-    come first, so that none waits for a sum.
+    come first, so that none waits for a sum; and before them those that need not wait for the product.
     """
     valid = (head < heads)[:, None]
     source += head[:, None] * DIM
@@ -28,13 +30,15 @@ def move_heads(source, target, target_stride, gain, table, eps, head, heads, DIM
         column = tl.arange(0, HALF)
         inside = column < ROTARY // 2
         mask = valid & inside[None, :]
-        low = tl.load(source + column[None, :], mask=mask, other=0.0)
-        high = tl.load(source + (ROTARY // 2 + column)[None, :], mask=mask, other=0.0)
         cos = tl.load(table + column, mask=inside, other=0.0)[None, :]
         sin = tl.load(table + ROTARY // 2 + column, mask=inside, other=0.0)[None, :]
         if NORM:
             low_gain = tl.load(gain + column, mask=inside, other=0.0)[None, :]
             high_gain = tl.load(gain + ROTARY // 2 + column, mask=inside, other=0.0)[None, :]
+    wait(OVERLAP)
+    if HALF:
+        low = tl.load(source + column[None, :], mask=mask, other=0.0)
+        high = tl.load(source + (ROTARY // 2 + column)[None, :], mask=mask, other=0.0)
     if REST:
         after = ROTARY + tl.arange(0, REST)
         mask_rest = valid & (after < DIM)[None, :]
@@ -66,7 +70,7 @@ def rope_store(qkv, positions, slots, q_gain, k_gain, table, cache, q_out, eps, 
                values, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
                ROTARY: tl.constexpr, CACHE_BLOCK: tl.constexpr, Q_NORM: tl.constexpr,
                K_NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-               WIDE: tl.constexpr):  # fmt: skip
+               WIDE: tl.constexpr, OVERLAP: tl.constexpr = 0):  # fmt: skip
     """`qkv` (tokens, (Q_HEADS + 2 * KV_HEADS) * DIM); table (positions, 2, ROTARY / 2): cos, then sin.
 
     `values`: elements from the keys of the cache to its values. WIDE: a power of two from DIM.
@@ -78,24 +82,25 @@ def rope_store(qkv, positions, slots, q_gain, k_gain, table, cache, q_out, eps, 
     row = qkv + token * qkv_stride
     angles = table
     if ROTARY:
-        angles += tl.load(positions + token).to(tl.int64) * ROTARY
+        angles += tl.load(positions + token, cache_modifier=".cg").to(tl.int64) * ROTARY
     if block < Q_BLOCKS:
         head = block * HEADS + tl.arange(0, HEADS)
         move_heads(row, q_out + token * q_stride, DIM, q_gain, angles, eps, head, Q_HEADS, DIM, ROTARY,
-                   Q_NORM, HALF, REST)  # fmt: skip
+                   Q_NORM, HALF, REST, OVERLAP)  # fmt: skip
     else:
-        slot = tl.load(slots + token)
+        slot = tl.load(slots + token, cache_modifier=".cg")
         place = (slot // CACHE_BLOCK).to(tl.int64) * (KV_HEADS * CACHE_BLOCK * DIM)
         to = cache + place + slot % CACHE_BLOCK * DIM
         if block < Q_BLOCKS + KV_BLOCKS:
             head = (block - Q_BLOCKS) * HEADS + tl.arange(0, HEADS)
             move_heads(row + Q_HEADS * DIM, to, CACHE_BLOCK * DIM, k_gain, angles, eps, head, KV_HEADS, DIM,
-                       ROTARY, K_NORM, HALF, REST)  # fmt: skip
+                       ROTARY, K_NORM, HALF, REST, OVERLAP)  # fmt: skip
         else:
             head = (block - Q_BLOCKS - KV_BLOCKS) * HEADS + tl.arange(0, HEADS)
             column = tl.arange(0, WIDE)
             mask = (head < KV_HEADS)[:, None] & (column < DIM)[None, :]
             start = row + (Q_HEADS + KV_HEADS) * DIM
+            wait(OVERLAP)
             value = tl.load(start + head[:, None] * DIM + column[None, :], mask=mask)
             at = to + values + head[:, None] * (CACHE_BLOCK * DIM) + column[None, :]
             tl.store(at, rounded(value, cache), mask=mask)

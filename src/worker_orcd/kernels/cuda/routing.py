@@ -9,10 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker_orcd.kernels.cuda.overlap import wait
+
 
 @triton.jit
 def linear_f32(x, w, bias, out, tokens, per_program, x_stride, w_stride, out_stride, n, K: tl.constexpr,
-               BIAS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+               BIAS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+               OVERLAP: tl.constexpr = 0):  # fmt: skip
     """`out` (tokens, n) = x (tokens, K) @ w (n, K).T + bias, all float32.
 
     Programs: (blocks of OUTPUTS outputs, runs of `per_program` tokens). A program keeps its rows of w.
@@ -24,6 +27,7 @@ def linear_f32(x, w, bias, out, tokens, per_program, x_stride, w_stride, out_str
     rows = tl.load(
         w + output[:, None] * w_stride + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0
     )
+    wait(OVERLAP)
     token = tl.program_id(1) * per_program
     end = tl.minimum(token + per_program, tokens)
     while token < end:
@@ -57,11 +61,13 @@ def logit_of(key):
 
 @triton.jit
 def route(logits, experts, weights, logits_stride, experts_stride, weights_stride, N: tl.constexpr,
-          TOP_K: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+          TOP_K: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+          OVERLAP: tl.constexpr = 0):  # fmt: skip
     """The TOP_K of N logits a token, highest first, and the softmax over them. Programs: tokens.
 
     BLOCK and SLOTS: powers of two from N and from TOP_K.
     """
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     slot = tl.arange(0, SLOTS)

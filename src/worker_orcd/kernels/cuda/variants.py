@@ -49,6 +49,10 @@ class Shape:
         return layout
 
     @property
+    def steps_of_chunk(self) -> int:
+        return -(-self.k // self.step) // self.chunks
+
+    @property
     def operand(self) -> str:
         return "bf16" if self.format in BFLOAT16_FORMATS else "fp16"
 
@@ -65,6 +69,16 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """Heads of q go to the output, those of k and v to a cache."""
+
+    num_heads: int
+    num_kv_heads: int
+    cache_block: int  # tokens
+    rotated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Epilogue:
     """What is done to a sum on its way out."""
 
@@ -72,6 +86,8 @@ class Epilogue:
     residual: bool = False  # added, float32
     paired: bool = False  # rows are eight gates, then the eight that go with them
     glu: Glu | None = None  # of a paired weight
+    head: int = 0  # rows of each head lie in this way
+    store: Store | None = None  # of a weight with heads
     out: str = "fp32"  # or fp16, bf16
 
 
@@ -84,6 +100,9 @@ class Variant:
     epilogue: Epilogue = Epilogue()
     odd_stride: bool = False  # outputs of a token and the next are no multiple of 16 apart
     portable: bool = False  # plain Triton throughout, for the interpreter
+    overlap: int = 0  # see `overlap`
+    early: int = 0  # steps of weights that are asked for before activations are there
+    asked: bool = False  # and all others, to the L2 cache
 
     def constants(self) -> dict[str, Any]:
         """The kernel's compile-time parameters."""
@@ -109,24 +128,44 @@ class Variant:
             "PORTABLE": self.portable,
         }
 
+    def _heads(self) -> dict[str, Any]:
+        """Likewise, of what is done with heads."""
+        store = self.epilogue.store
+        return {
+            "HEAD": self.epilogue.head,
+            "HEADS": 0 if store is None else store.num_heads,
+            "KV_HEADS": 0 if store is None else store.num_kv_heads,
+            "CACHE_BLOCK": 0 if store is None else store.cache_block,
+            "ROTATED": store is not None and store.rotated,
+        }
+
     def kernel(self) -> Kernel:
         words = _DTYPES.get(self.shape.format, "*u16")
         high = "*u16" if self.shape.layout.high_bits else words
         arguments = {
             "w": words, "h": high, "s": "*u32", "shifts": "*u16", "x": f"*{self.shape.operand}",
             "y": f"*{self.epilogue.out}", "partials": "*fp32", "counters": "*i32", "bias": "*fp32",
-            "residual": "*fp32", "n": "i32", "tokens": "i32", "stride": "i32",
+            "residual": "*fp32", "n": "i32", "tokens": "i32", "stride": "i32", "cache": "*fp16",
+            "positions": "*i32", "slots": "*i32", "table": "*fp32", "values": "i64",
         }  # fmt: skip
         aligned = ("n",) if self.odd_stride else ("n", "stride")
         return Kernel(
             module="linear",
             function="linear",
             arguments=tuple(arguments.items()),
-            constants=tuple(self.constants().items()),
+            constants=(
+                *self.constants().items(),
+                *self._heads().items(),
+                ("OVERLAP", self.overlap),
+                ("EARLY", self.early),
+                ("ASKED", self.asked),
+            ),
             aligned=aligned if self.shape.aligned else (),
+            loose=("positions", "slots"),
             warps=self.tile.warps,
             stages=self.tile.stages,
-            fused=self.epilogue.glu is None,  # a gated unit has the bits that `elementwise` gives it
+            # A gated unit has the bits that `elementwise` gives it, a rotated head those of `rope`.
+            fused=self.epilogue.glu is None and self.epilogue.store is None,
         )
 
 

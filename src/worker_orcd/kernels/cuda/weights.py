@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Matrix
 from worker_orcd.kernels.cuda.repack import repack
 from worker_orcd.kernels.cuda.variants import Shape, shape_of
+from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.gpu_layout import TILE, GpuLayout
 
 MAX_UNPACKED = 256  # outputs of a float32 matrix, a router's, that is multiplied by without tensor cores
 GROUP = 8  # rows of gates, and of what goes with them, that alternate
 STAGING_BYTES = 32 << 20  # of each of two buffers
 MAX_EXPONENT = 128  # of MXFP4's bytes: scales up to 2. Beyond, bfloat16 cannot hold what the kernels need
+
+_ZEROS = {"Q4_0": 8, "Q5_0": 16}  # formats that Q8_0 holds, a scale and 32 codes too; the code of zero
+_SMALL = 1 << 22  # weights
 
 _WORDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,6 +45,7 @@ class PackedMatrix:
     headers: torch.Tensor  # likewise
     shifts: torch.Tensor  # (64,) uint16: how far each row's bits are up in its high word
     paired: bool = False  # rows have been put in another order: see `alternate`
+    head: int = 0  # likewise, within each head of so many rows
 
     @property
     def num_bytes(self) -> int:
@@ -109,15 +114,42 @@ def can_pair(parts: Sequence[Matrix]) -> bool:
     return alike and len(parts) <= 2 and sum(part.n for part in parts) % (2 * GROUP) == 0
 
 
-def alternate(rows: torch.Tensor) -> torch.Tensor:
+def alike(parts: Sequence[Matrix]) -> Sequence[Matrix]:
+    """Small matrices of several formats as Q8_0, where that loses nothing, so that one product has them all.
+
+    What a small matrix takes is a launch, not its bytes.
+    """
+    names = {part.format.name for part in parts}
+    if len(names) == 1 or not names <= {"Q8_0", *_ZEROS} or sum(part.n * part.k for part in parts) > _SMALL:
+        return parts
+    return [part if part.format.name == "Q8_0" else as_q8_0(part) for part in parts]
+
+
+def as_q8_0(matrix: Matrix) -> Matrix:
+    """The same weights, bit for bit, in blocks of a scale and 32 bytes."""
+    layout = check(matrix)
+    size, count = matrix.format.type_size, len(layout.codes)
+    blocks = matrix.data.reshape(matrix.n, -1, size)
+    bits = np.unpackbits(blocks, axis=-1, bitorder="little")[..., layout.codes]
+    codes = np.packbits(bits, axis=-1, bitorder="little")[..., 0] - np.uint8(_ZEROS[matrix.format.name])
+    scales = blocks[..., : size - count * layout.codes.shape[1] // 8]
+    rows = np.concatenate([scales, codes], axis=-1).reshape(matrix.n, -1)
+    return replace(matrix, format=BY_NAME["Q8_0"], data=rows)
+
+
+def alternate(rows: torch.Tensor, length: int = 0) -> torch.Tensor:
     """Of (n, …), the first half of which are gates: eight of them, then the eight that go with them.
 
-    So a kernel's program has both and can finish the gated unit.
+    So a kernel's program has both and can finish the gated unit. With `length` the same in each run of so
+    many rows, a head's: what is rotated together is together.
     """
-    return rows.view(2, -1, GROUP, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+    runs = rows.view(-1, 2, (length or len(rows)) // (2 * GROUP), GROUP, *rows.shape[1:])
+    return runs.transpose(1, 2).reshape(rows.shape)
 
 
-def upload(shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False) -> PackedMatrix:
+def upload(
+    shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False, head: int = 0
+) -> PackedMatrix:
     """Views of a packed matrix in `packed`, uint8, wherever it lies: start aligned to 16 bytes."""
     layout = shape.layout
     sections = layout.sections(n, shape.k, shape.step)
@@ -132,6 +164,7 @@ def upload(shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False) 
         headers=packed[headers : sections.size].view(torch.uint32) if sections.headers else words,
         shifts=shifts.to(torch.uint16),
         paired=paired,
+        head=head,
     )
 
 
@@ -155,8 +188,10 @@ class Uploader:
         *,
         packed: bool = False,
         gated: bool = False,
+        head_dim: int = 0,
     ) -> CudaWeight:
         """As `Backend.matrix`; `packed` even where small and float32. Raises UnsupportedFormat."""
+        parts = alike(parts)
         biases = list(bias) or [None] * len(parts)
         made: list[WeightPart] = []
         column = 0
@@ -164,22 +199,25 @@ class Uploader:
             indices = list(run)
             matrices = [parts[index] for index in indices]
             n = sum(matrix.n for matrix in matrices)
-            paired = False
+            paired, head = False, 0
             if matrices[0].format.name == "F32" and n <= MAX_UNPACKED and not packed:
                 weight = self.rows([matrix.data for matrix in matrices]).view(torch.float32)
             else:
                 paired = gated and len(matrices) == len(parts) and can_pair(matrices)
-                weight = self.matrix(matrices, paired=paired)
+                head = head_dim if len(matrices) == len(parts) and head_dim % (2 * GROUP) == 0 else 0
+                weight = self.matrix(matrices, paired=paired, head=head)
             values = _joined(matrices, [biases[index] for index in indices])
             joined = None if values is None else torch.as_tensor(values, device=self.device)
-            if joined is not None and paired:
-                joined = alternate(joined)
+            if joined is not None and (paired or head):
+                joined = alternate(joined, head)
             made.append(WeightPart(weight, joined, column, n))
             column += n
         return CudaWeight(tuple(made), column, parts[0].k)
 
-    def matrix(self, parts: Sequence[Matrix], *, paired: bool = False) -> PackedMatrix:
+    def matrix(self, parts: Sequence[Matrix], *, paired: bool = False, head: int = 0) -> PackedMatrix:
         """Parts of one format and k as one matrix, outputs in order, or if `paired` as `alternate` has them.
+
+        With `head`, those of each head of so many rows.
 
         Raises UnsupportedFormat.
         """
@@ -191,8 +229,10 @@ class Uploader:
             layout.sections(n, first.k, shape.step).size, dtype=torch.uint8, device=self.device
         )
         rows = self.rows([part.data for part in parts])
-        repack(alternate(rows) if paired else rows, layout, first.k, shape.step, packed)
-        return upload(shape, n, packed, paired=paired)
+        if paired or head:
+            rows = alternate(rows, head)
+        repack(rows, layout, first.k, shape.step, packed)
+        return upload(shape, n, packed, paired=paired, head=head)
 
     def rows(self, arrays: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
         """Arrays of equally long rows, one below the other, on the device."""

@@ -1,0 +1,59 @@
+"""
+How a kernel starts before the one before it has ended: programmatic dependent launch, on capability 9.0.
+
+Device code (Triton). A kernel asks for what no kernel of the step writes (weights, the step's inputs), calls
+`wait`, and only then reads activations or writes anything. All before it has then been done. So a kernel
+before whose start two others were launched sees the first one's results at once; it must read them past L1,
+which is emptied when a kernel starts. OVERLAP: 0 not at all; 1 the next kernel may start when all programs of
+this one have begun; 2 it may when this one's programs end, or call `release`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_ASK_TEXT = tl.constexpr("""{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
+
+_LINE_TEXT = tl.constexpr("""{ .reg .pred p; setp.ne.s32 p, $2, 0;
+@p prefetch.global.L2 [$1]; mov.u32 $0, 0; }""")
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Waits until all kernels before have ended."""
+    if OVERLAP > 0:
+        gdc_wait()
+    if OVERLAP == 1:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def release(OVERLAP: tl.constexpr):
+    """What is left of this program takes little: the next kernel may start."""
+    if OVERLAP == 2:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def ask(pointer, SIZE: tl.constexpr):
+    """Bring SIZE bytes, a multiple of 16, to the L2 cache. One thread asks: the address is the program's."""
+    if SIZE > 0:
+        tl.inline_asm_elementwise(
+            _ASK_TEXT, "=r,l,r", [pointer.to(tl.int64), SIZE], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def ask_lines(pointers, mask):
+    """Bring the 128 bytes around each of `pointers` to the L2 cache."""
+    tl.inline_asm_elementwise(
+        _LINE_TEXT,
+        "=r,l,r",
+        [pointers.to(tl.int64), mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
