@@ -37,7 +37,7 @@ from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Backend, Counts
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.cuda.backend import CudaBackend
-from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels
 from worker_orcd.kernels.cuda.step import CudaStep
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.model.architectures import configure
@@ -59,7 +59,8 @@ ROUTED_ERROR = 0.3  # where random routers choose other experts for a rounding
 
 def cuda(*, graphs: bool = True) -> CudaBackend:
     major, minor = torch.cuda.get_device_capability()
-    return CudaBackend(Kernels(torch.device("cuda"), 10 * major + minor), graphs=graphs)
+    kernels = Kernels(torch.device("cuda"), 10 * major + minor, overlap=FULL_OVERLAP)
+    return CudaBackend(kernels, graphs=graphs)
 
 
 def load(path: Path, backend: Backend, engine: EngineConfig) -> ModelRunner:

@@ -29,7 +29,7 @@ from worker_orcd.kernels.backend import (
     Matrix,
     RopeParams,
 )
-from worker_orcd.kernels.cuda.compiler import Kernels
+from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels
 from worker_orcd.kernels.cuda.draw_slab import MAX_VOCAB
 from worker_orcd.kernels.cuda.executor import Executor, Launcher
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, pack_experts
@@ -369,7 +369,7 @@ def open_cuda(config: DeviceConfig, on_compile: OnCompile) -> CudaBackend:
         raise InvalidConfiguration(
             f"the GPU has compute capability {major}.{minor}; 8.0 is the oldest that works"
         )
-    return CudaBackend(Kernels(device, capability), on_compile=on_compile)
+    return CudaBackend(Kernels(device, capability, overlap=FULL_OVERLAP), on_compile=on_compile)
 
 
 def _description(kernels: Kernels) -> str:

@@ -41,6 +41,8 @@ class Overlap:
 
 
 NO_OVERLAP = Overlap()
+# What was fastest for each of three models on an H100: see docs/perf/gpu.md.
+FULL_OVERLAP = Overlap(mode=1, product=2, largest=1 << 62)
 OVERLAPPING_TOKENS = 64  # a step of more has no time to gain
 
 
