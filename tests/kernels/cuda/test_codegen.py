@@ -40,7 +40,11 @@ def chosen() -> list[tuple[Variant, int]]:
         (variant("Q4_K", 16384, 3072, tokens, 90, paired=True, glu=kind, bias=True, out="fp16"), 90)
         for tokens, kind in ((1, Glu.SWIGLU), (64, Glu.GEGLU), (4096, Glu.SWIGLU))
     ]
-    return few + many + older + glu
+    overlapping = [
+        (dataclasses.replace(variant(name, 3072, 3072, tokens, 90), overlap=2), 90)
+        for name, tokens in (("Q4_K", 1), ("Q8_0", 16), ("Q5_0", 64))
+    ]
+    return few + many + older + glu + overlapping
 
 
 @pytest.fixture(scope="module")
