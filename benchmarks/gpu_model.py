@@ -135,7 +135,9 @@ def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, g
 
 def in_batch(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
     """Logits of every token, all prompts in one step."""
-    return runner.logits(Step(tuple(Row(one, len(one.token_ids)) for one in sequences_of(runner, prompts))))
+    return runner.logits(
+        Step(tuple(Row.of(one, len(one.token_ids)) for one in sequences_of(runner, prompts)))
+    )
 
 
 def sequences_of(runner: ModelRunner, prompts: list[list[int]], *, computed: bool = False) -> list[Sequence]:
@@ -220,11 +222,11 @@ def check_draws(session: Session, name: str, runner: ModelRunner, prompts: list[
     sequences = sequences_of(runner, prompts, computed=True)
     for number, one in enumerate(sequences):
         one.sampling = SamplingParams(seed=number, **DRAWS[number % len(DRAWS)])
-    drawn = runner.launch(Step(tuple(Row(one, 1) for one in sequences))).wait()
+    drawn = runner.launch(Step(tuple(Row.of(one, 1) for one in sequences))).wait()
     host = Sampler(runner.vocab_size)
     wrong = sum(
         not isinstance(found, SampledToken)
-        or not isinstance(wanted := host.sample(row, Draw.of(one)), SampledToken)
+        or not isinstance(wanted := host.sample(row, Draw.of(Row.of(one, 1))), SampledToken)
         or found.token_id != wanted.token_id
         for found, row, one in zip(drawn, logits, sequences, strict=True)
     )
@@ -236,10 +238,10 @@ def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.flo
     """Of the last token of each prompt: all but it in steps of their own, then one decode step of all."""
     sequences = sequences_of(runner, prompts)
     for some in grouped(sequences, runner.limits.max_tokens):
-        runner.launch(Step(tuple(Row(one, len(one.token_ids) - 1) for one in some))).wait()
+        runner.launch(Step(tuple(Row.of(one, len(one.token_ids) - 1) for one in some))).wait()
     for one in sequences:
         one.num_computed_tokens = len(one.token_ids) - 1
-    return runner.logits(Step(tuple(Row(one, 1) for one in sequences)))
+    return runner.logits(Step(tuple(Row.of(one, 1) for one in sequences)))
 
 
 def grouped(sequences: list[Sequence], most: int) -> Iterator[list[Sequence]]:
@@ -288,7 +290,7 @@ def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) ->
     """Microseconds of the graph alone, and of a whole step as the engine sees it."""
     random = np.random.default_rng(rows)
     prompts = random.integers(0, min(runner.vocab_size, 30000), (rows, context + 1)).tolist()
-    whole = Step(tuple(Row(one, 1) for one in sequences_of(runner, prompts, computed=True)))
+    whole = Step(tuple(Row.of(one, 1) for one in sequences_of(runner, prompts, computed=True)))
     for _ in range(3):
         runner.launch(whole).wait()
     times = []
@@ -322,7 +324,7 @@ def time_prompt(runner: ModelRunner, step: CudaStep, tokens: int) -> float:
     length = min(tokens, 512)
     random = np.random.default_rng(tokens)
     prompts = random.integers(0, min(runner.vocab_size, 30000), (tokens // length, length)).tolist()
-    rows = [Row(one, length) for one in sequences_of(runner, prompts)]
+    rows = [Row.of(one, length) for one in sequences_of(runner, prompts)]
     runner.launch(Step(tuple(rows))).wait()
     return replay(step, Counts(tokens, len(rows), len(rows)))
 

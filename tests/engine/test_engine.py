@@ -32,14 +32,23 @@ class Bench:
     """An engine on a fake device, and everything it says."""
 
     def __init__(
-        self, *, num_blocks: int = 200, max_seqs: int = 8, publish: Any = None, observer: Any = None
+        self,
+        *,
+        num_blocks: int = 200,
+        max_seqs: int = 8,
+        max_steps: int = 1,
+        publish: Any = None,
+        observer: Any = None,
     ):
         self.config = EngineConfig(max_num_seqs=max_seqs, max_num_batched_tokens=64, block_size=4)
         self.scheduler = Scheduler(self.config, [CacheGroup(BlockPool(num_blocks))])
         self.before_launch: Callable[[], None] = lambda: None
         self.before_wait: Callable[[], None] = lambda: None
         self.device = Gate(
-            FakeDevice([(None, num_blocks)], 4), lambda: self.before_launch(), lambda: self.before_wait()
+            FakeDevice([(None, num_blocks)], 4),
+            lambda: self.before_launch(),
+            lambda: self.before_wait(),
+            max_steps=max_steps,
         )
         self.log = io.StringIO()
         self.failures: list[EngineError] = []

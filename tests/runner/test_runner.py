@@ -59,7 +59,7 @@ def advance(runner: ModelRunner, rows: list[Row]) -> list[Any]:
 
 
 def generate(runner: ModelRunner, made: Sequence, count: int) -> list[SampledToken]:
-    return [advance(runner, [Row(made, made.num_uncomputed_tokens)])[0] for _ in range(count)]
+    return [advance(runner, [Row.of(made, made.num_uncomputed_tokens)])[0] for _ in range(count)]
 
 
 def test_greedy_tokens_are_the_argmax_of_the_logits(runner: ModelRunner):
@@ -95,7 +95,7 @@ def test_alone_chunked_and_in_a_crowd_the_tokens_are_the_same(runner: ModelRunne
     while any(len(tokens) < 10 for tokens in found):
         chunk = chunk % 7 + 1
         rows = [
-            Row(made, min(chunk, made.num_uncomputed_tokens))
+            Row.of(made, min(chunk, made.num_uncomputed_tokens))
             for made in crowd[:: 1 if chunk % 2 else -1]
             if len(found[made.id]) < 10
         ]
@@ -107,15 +107,15 @@ def test_alone_chunked_and_in_a_crowd_the_tokens_are_the_same(runner: ModelRunne
 
 def test_rows_that_do_not_reach_the_end_sample_nothing(runner: ModelRunner):
     made = sequence(0, PROMPT)
-    assert runner.launch(Step((Row(made, 5),))).wait() == [None]
-    both = runner.launch(Step((Row(made, 5), Row(sequence(1, PROMPT), 20)))).wait()
+    assert runner.launch(Step((Row.of(made, 5),))).wait() == [None]
+    both = runner.launch(Step((Row.of(made, 5), Row.of(sequence(1, PROMPT), 20)))).wait()
     assert both[0] is None
     assert isinstance(both[1], SampledToken)
 
 
 def test_a_row_that_fails_does_not_disturb_its_neighbours(runner: ModelRunner):
-    good = Row(sequence(0, PROMPT, temperature=0.0), 20)
-    bad = Row(sequence(1, PROMPT, logit_bias=((320, 1.0),)), 20)
+    good = Row.of(sequence(0, PROMPT, temperature=0.0), 20)
+    bad = Row.of(sequence(1, PROMPT, logit_bias=((320, 1.0),)), 20)
     alone = runner.launch(Step((good,))).wait()
     first, second = runner.launch(Step((bad, good))).wait()
     assert isinstance(first, RowFailure)
@@ -125,23 +125,23 @@ def test_a_row_that_fails_does_not_disturb_its_neighbours(runner: ModelRunner):
 
 def test_the_sequence_may_change_after_launch(runner: ModelRunner):
     made = sequence(0, PROMPT, temperature=0.0, presence_penalty=1.0)
-    expected = runner.launch(Step((Row(made, 20),))).wait()
-    pending = runner.launch(Step((Row(made, 20),)))
+    expected = runner.launch(Step((Row.of(made, 20),))).wait()
+    pending = runner.launch(Step((Row.of(made, 20),)))
     made.token_ids.clear()
     made.block_tables.clear()
     assert pending.wait() == expected
 
 
 def test_one_step_at_a_time(runner: ModelRunner):
-    step = Step((Row(sequence(0, PROMPT), 20),))
+    step = Step((Row.of(sequence(0, PROMPT), 20),))
     pending = runner.launch(step)
-    with pytest.raises(Internal, match="while another"):
+    with pytest.raises(Internal, match="while 1 were"):
         runner.launch(step)
     pending.wait()
     with pytest.raises(Internal, match="twice"):
         pending.wait()
     with pytest.raises(Internal, match="vocabulary"):
-        runner.launch(Step((Row(sequence(0, [320]), 1),)))
+        runner.launch(Step((Row.of(sequence(0, [320]), 1),)))
     runner.launch(step).wait()
 
 
@@ -171,7 +171,7 @@ def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
 
     backend = Failing()
     runner = load_runner(model_path, backend, ENGINE)
-    made = Step((Row(sequence(0, PROMPT), 20),))
+    made = Step((Row.of(sequence(0, PROMPT), 20),))
     with pytest.raises(expected) as info:
         runner.launch(made).wait()
     assert "/home" not in str(info.value)
@@ -219,15 +219,20 @@ def drawing(model_path: Path) -> tuple[ModelRunner, Drawing]:
 
 def test_a_device_that_draws_is_left_to_it(drawing: tuple[ModelRunner, Drawing], runner: ModelRunner):
     drawer, device = drawing
-    step = Step((Row(sequence(0, PROMPT), 20), Row(sequence(1, PROMPT[::-1]), 7)))
-    pending = drawer.launch(step)
+    step = Step((Row.of(sequence(0, PROMPT), 20), Row.of(sequence(1, PROMPT[::-1]), 7)))
+    pending, behind = drawer.launch(step), drawer.launch(step)
     assert device.waited == 0
-    with pytest.raises(Internal, match="while another"):
+    with pytest.raises(Internal, match="before the one"):
+        behind.wait()
+    with pytest.raises(Internal, match="while 2 were"):
         drawer.launch(step)
     assert pending.wait() == runner.launch(step).wait()
     assert device.waited == 1
+    with pytest.raises(Internal, match="while 1 were"):
+        drawer.logits(step)
     with pytest.raises(Internal, match="twice"):
         pending.wait()
+    assert behind.wait() == runner.launch(step).wait()
     assert np.array_equal(score(drawer, PROMPT), score(runner, PROMPT))
 
 
@@ -236,7 +241,7 @@ def test_a_step_that_failed_on_the_device_is_over(
     fails_at: str, expected: type[WorkerError], drawing: tuple[ModelRunner, Drawing]
 ):
     drawer, device = drawing
-    step = Step((Row(sequence(0, PROMPT), 20),))
+    step = Step((Row.of(sequence(0, PROMPT), 20),))
     device.fails_at = fails_at
     with pytest.raises(expected) as info:
         drawer.launch(step).wait()

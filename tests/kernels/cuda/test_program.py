@@ -53,9 +53,13 @@ def on_torch() -> tuple[CudaBackend, list[TorchLauncher]]:
     made: list[TorchLauncher] = []
 
     def launcher(
-        kernels: Kernels, inputs: BatchInputs, limits: Limits, operations: list[Operation]
+        kernels: Kernels,
+        inputs: BatchInputs,
+        limits: Limits,
+        operations: list[Operation],
+        drawn: torch.Tensor | None,
     ) -> TorchLauncher:
-        made.append(TorchLauncher(kernels, inputs, limits, operations))
+        made.append(TorchLauncher(kernels, inputs, limits, operations, drawn))
         return made[-1]
 
     return CudaBackend(Kernels(CPU, 90), launcher), made
@@ -219,15 +223,16 @@ def test_a_step_is_padded_to_its_bucket() -> None:
         one.fill_(9)
     host.logit_tokens.fill_(9)
     host.block_tables.fill_(7)
+    host.context_lens[1] = 2 * LIMITS.block_size + 1
     staging.copy(Counts(3, 2, 1), Bucket(8, 4))
     device = staging.device
     assert device.token_ids[:9].tolist() == [9] * 3 + [0] * 5 + [9]
     assert device.positions[:8].tolist() == [9] * 3 + [0] * 5
     assert device.slots[:, :8].tolist() == [[9] * 3 + [0] * 5] * 2
     assert device.query_start.tolist() == [9] * 3 + [3] * 6
-    assert device.context_lens.tolist() == [9] * 2 + [0] * 6
+    assert device.context_lens.tolist() == [9, 2 * LIMITS.block_size + 1] + [0] * 6
     assert device.logit_tokens.tolist() == [9] + [0] * 7
-    assert device.block_tables[:, :2].tolist() == [[[7] * 5] * 2] * 2  # those of rows that are there
+    assert device.block_tables[:, :2].tolist() == [[[7] * 3 + [0] * 2] * 2] * 2  # as far as a row sees
     assert device.block_tables[:, 2:].sum() == 0
 
 

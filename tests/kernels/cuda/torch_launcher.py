@@ -55,9 +55,14 @@ class TorchLauncher:
     """Implements `executor.Launcher`. Counts what it was asked for."""
 
     def __init__(
-        self, kernels: Kernels, inputs: BatchInputs, limits: Limits, operations: Sequence[Operation]
+        self,
+        kernels: Kernels,
+        inputs: BatchInputs,
+        limits: Limits,
+        operations: Sequence[Operation],
+        drawn: torch.Tensor | None,
     ) -> None:
-        self._inputs, self._limits = inputs, limits
+        self._inputs, self._limits, self.drawn = inputs, limits, drawn
         self.operations = list(operations)
 
     def prepare(self, bucket: Bucket) -> Sequence[Launch]:

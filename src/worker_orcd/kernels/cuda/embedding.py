@@ -100,10 +100,10 @@ def block_value(code, s, row, block, FORMAT: tl.constexpr, HEADER: tl.constexpr)
 
 
 @triton.jit
-def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl.constexpr,
+def embed(indices, drawn, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl.constexpr,
           BLOCK: tl.constexpr, STEP: tl.constexpr, PLANES: tl.constexpr, HIGH: tl.constexpr,
           SHARE: tl.constexpr, HEADER: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """`out` (tokens, K) = rows `indices` of a packed table, times factor.
+    """`out` (tokens, K) = rows `indices` of a packed table, times factor. A negative one, -1 - i, is drawn[i].
 
     See `linear` for the table's parameters; GROUP: the columns that a row's header words are for.
     """
@@ -115,6 +115,7 @@ def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl
     token = tl.program_id(1).to(tl.int64)
     mask = column < K
     index = tl.load(indices + token)
+    index = tl.where(index < 0, tl.load(drawn + (-1 - index), mask=index < 0, other=0), index)
     tile = (index // 64).to(tl.int64)
     row = index % 64
     inside = tl.minimum(column, K - 1)
