@@ -116,9 +116,9 @@ class Bench:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    made = Bench()
+@pytest.fixture(params=[1, 2], ids=["one step", "two steps"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(max_steps=request.param)
     made.engine.start()
     yield made
     made.before_launch = made.before_wait = lambda: None
@@ -255,7 +255,10 @@ def test_counts_are_told_while_a_step_computes(bench: Bench):
 
     bench.before_wait = look
     bench.last(bench.submit([1] * 8, 4, min_tokens=4))
-    assert seen == [(1, 2), (2, 13), (1, 3), (1, 3)]
+    if bench.device.max_steps == 1:
+        assert seen == [(1, 2), (2, 13), (1, 3), (1, 3)]
+    else:  # a step ahead holds a block already, and what was cancelled keeps its own until both are over
+        assert seen == [(1, 3), (2, 13), (1, 13), (1, 3)]
 
 
 def test_a_deadline_ends_a_running_sequence(bench: Bench, monkeypatch: pytest.MonkeyPatch):
@@ -271,7 +274,8 @@ def test_a_deadline_ends_a_running_sequence(bench: Bench, monkeypatch: pytest.Mo
     late = bench.submit([1, 2, 3], 400, deadline=99.0)
     output = bench.last(number)
     assert (output.finish_reason, output.tokens) == (FinishReason.DEADLINE, ())
-    assert bench.tokens(number) == alone([1, 2, 3], 20, seed=number, min_tokens=20)
+    known = 21 - bench.device.max_steps  # a step ahead is under way, for nothing
+    assert bench.tokens(number) == alone([1, 2, 3], known, seed=number, min_tokens=20)
     assert bench.last(late).finish_reason is FinishReason.DEADLINE and not bench.tokens(late)
 
 
@@ -302,11 +306,13 @@ def test_an_unexpected_exception_is_told_by_reference(bench: Bench):
 
 
 def test_failing_steps_in_a_row_end_the_engine(bench: Bench):
-    bench.before_wait = raises(Internal("no"), times=2)
+    bench.before_wait = raises(Internal("no"), times=99)
     for _ in range(2):
         bench.last(bench.submit([1, 2, 3], 2))
-    bench.last(bench.submit([1, 2, 3], 2))  # succeeds: the row of failures is broken
-    bench.before_wait = raises(Internal("no"), times=3)
+    bench.before_wait = lambda: None
+    number = bench.submit([1, 2, 3], 2)  # succeeds: the row of failures is broken
+    assert bench.last(number).finish_reason is not FinishReason.ERROR
+    bench.before_wait = raises(Internal("no"), times=99)
     for _ in range(3):
         assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "INTERNAL"
     bench.wait_for(lambda: bench.engine.snapshot.failed)
@@ -315,9 +321,10 @@ def test_failing_steps_in_a_row_end_the_engine(bench: Bench):
 
 
 def test_memory_that_runs_out_again_and_again_ends_jobs_and_not_the_engine(bench: Bench):
-    bench.before_wait = raises(OutOfMemory("none left"), times=5)
+    bench.before_wait = raises(OutOfMemory("none left"), times=99)
     for _ in range(5):
         assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
+    bench.before_wait = lambda: None
     number = bench.submit([1, 2, 3], 5, min_tokens=5)
     bench.last(number)
     assert bench.tokens(number) == alone([1, 2, 3], 5, seed=number, min_tokens=5)

@@ -52,15 +52,15 @@ def ignore_failure(_error: EngineError) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step that is under way, or could not be launched: the turn of that comes with its own."""
+    """A step that is under way, or what came of launching it: that is told after the steps before it."""
 
     step: Step
     begun: float  # time.monotonic() seconds
-    pending: PendingStep | EngineError
+    pending: PendingStep | Exception
 
     def wait(self) -> Sequence[RowResult]:
         """One result a row."""
-        if isinstance(self.pending, EngineError):
+        if isinstance(self.pending, Exception):
             raise self.pending
         results = self.pending.wait()
         if len(results) != len(self.step.rows):
@@ -175,8 +175,8 @@ class Engine:
             return False
         try:
             pending = self._runner.launch(step)
-        except Exception as error:
-            pending = self._explain(error)
+        except Exception as error:  # raised again, and explained, when it is this step's turn
+            pending = error
         self._launched.append(_Launched(step, now, pending))
         return True
 
@@ -185,7 +185,7 @@ class Engine:
         try:
             results = launched.wait()
         except Exception as error:
-            self._fail(launched, error)
+            self._fail(launched.step, self._explain(error))
             self._drop_launched()
         else:
             self._num_failing_steps = 0
@@ -260,12 +260,10 @@ class Engine:
         self._narration.tell("error", "An unexpected fault in the engine.", trace=error, reference=reference)
         return Internal(f"internal error, reference {reference}")
 
-    def _fail(self, launched: _Launched, raised: Exception) -> None:
-        unlaunched = launched.pending if isinstance(launched.pending, EngineError) else None
-        error = unlaunched or self._explain(raised)  # what could not be launched is explained already
+    def _fail(self, step: Step, error: EngineError) -> None:
         # Memory that ran out says nothing about the next step, which computes something else.
         self._num_failing_steps += not isinstance(error, OutOfMemory)
-        self._outputs += self._scheduler.fail(launched.step, error.code, error.message)
+        self._outputs += self._scheduler.fail(step, error.code, error.message)
         if isinstance(error, DeviceError) or self._num_failing_steps >= _MAX_FAILING_STEPS:
             self._collapse(error)
 
@@ -282,15 +280,16 @@ class Engine:
         self._look()
 
     def _drop_launched(self) -> None:
-        """What was launched behind a step that failed."""
+        """What was launched behind a step that failed, however that went."""
         while self._launched:
             behind = self._launched.popleft()
             try:
                 behind.wait()
             except Exception as error:
-                self._fail(behind, error)
-            else:
-                self._scheduler.drop(behind.step)
+                explained = self._explain(error)
+                if isinstance(explained, DeviceError):
+                    self._collapse(explained)
+            self._scheduler.drop(behind.step)
 
     def _abandon(self) -> None:
         """Wait for what the device still computes; all sequences have ended."""

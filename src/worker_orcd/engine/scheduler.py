@@ -229,13 +229,8 @@ class Scheduler:
         growing = [s for s in self.running if s.num_unscheduled_tokens > 0]
         if any(s.num_draws_under_way and s.sampling.penalises for s in growing):
             return False
-        has_seat = len(self.running) < self._config.max_num_seqs
-        if (
-            has_seat
-            and self.waiting
-            and self.running
-            and self.running[-1].priority > self.waiting[0].priority
-        ):
+        has_seat = 0 < len(self.running) < self._config.max_num_seqs
+        if has_seat and self.waiting and self.waiting[0].priority < self.running[-1].priority:
             return False
         return self._tables.extend_all(growing)
 

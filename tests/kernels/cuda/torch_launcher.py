@@ -78,6 +78,8 @@ class TorchLauncher:
     @_run.register
     def _(self, one: Embed, view: View, bucket: Bucket) -> None:
         indices = getattr(self._inputs, one.indices.name)[: bucket.tokens].long()
+        if self.drawn is not None:
+            indices = torch.where(indices < 0, self.drawn[(-1 - indices).clamp(min=0)].long(), indices)
         view(one.out).copy_(unpacked(one.table)[indices] * one.scale)
 
     @_run.register

@@ -103,7 +103,7 @@ def block_value(code, s, row, block, FORMAT: tl.constexpr, HEADER: tl.constexpr)
 def embed(indices, drawn, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl.constexpr,
           BLOCK: tl.constexpr, STEP: tl.constexpr, PLANES: tl.constexpr, HIGH: tl.constexpr,
           SHARE: tl.constexpr, HEADER: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """`out` (tokens, K) = rows `indices` of a packed table, times factor. A negative one, -1 - i, is drawn[i].
+    """`out` (tokens, K) = rows `indices` of a packed table, times factor. One that is -1 - i means drawn[i].
 
     See `linear` for the table's parameters; GROUP: the columns that a row's header words are for.
     """

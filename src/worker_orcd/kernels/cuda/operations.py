@@ -107,8 +107,9 @@ class Operations:
             "COLUMNS": _EMBEDDED,
         }  # fmt: skip
         arguments = {
-            "indices": indices, "drawn": indices if drawn is None else drawn,
-            "w": weight.words, "h": weight.high, "s": weight.headers, "out": out, "factor": float(scale), "out_stride": out.stride(0),
+            "indices": indices, "drawn": indices if drawn is None else drawn, "w": weight.words,
+            "h": weight.high, "s": weight.headers, "out": out, "factor": float(scale),
+            "out_stride": out.stride(0),
         }  # fmt: skip
         self._launch("embed", (-(-shape.k // _EMBEDDED), len(out), 1), arguments, constants)
         return out

@@ -1,10 +1,10 @@
 """
 Drawing the tokens of a step on a GPU.
 
-A step is `prepare`, `upload`, `launch`, `download`, `results`. A second may be begun before the results of the
-first are taken; nothing but `results` waits then. `launch` may be captured in a CUDA graph: what it is given in a step is read from device memory. Rows beyond a
-step's draws are skipped. The rules are those of `runner.sampler`, which gives the same tokens but where
-rounding decides.
+A step is `prepare`, `upload`, `launch`, `download`, `results`. A second may be begun before the results of
+the first are taken; nothing but `results` waits then. `launch` may be captured in a CUDA graph: what it is
+given in a step is read from device memory. Rows beyond a step's draws are skipped. The rules are those of
+`runner.sampler`, which gives the same tokens but where rounding decides.
 """
 
 from __future__ import annotations
