@@ -53,6 +53,41 @@ def test_a_prompt_a_chunk_and_a_decode():
     assert inputs.logit_tokens[:2].tolist() == [4, 11]
 
 
+def test_tokens_that_the_step_before_draws():
+    batch, inputs = batch_and_inputs()
+    first = Row.of(sequence([10, 11, 12], 0, [7]), 3)
+    chunk = Row.of(sequence([1] * 9, 0, [8, 9, 10]), 4)
+    second = Row.of(sequence([20, 21], 1, [6]), 1)
+    assert batch.fill(Step((first, chunk, second))).num_logits == 2
+    counts = batch.fill(
+        Step(
+            (
+                Row(second.sequence, 1, 2, samples=True, previous_draw=1),
+                Row(chunk.sequence, 5, 4, samples=True),
+                Row(first.sequence, 1, 3, samples=False, previous_draw=0),
+            )
+        )
+    )
+    assert (counts.num_tokens, counts.num_logits) == (7, 2)
+    assert inputs.token_ids[:7].tolist() == [-2, 1, 1, 1, 1, 1, -1]
+    assert inputs.positions[:7].tolist() == [2, 4, 5, 6, 7, 8, 3]
+    assert inputs.slots[0, :7].tolist() == [26, 36, 37, 38, 39, 40, 31]
+    assert inputs.context_lens[:3].tolist() == [3, 9, 4]
+    assert inputs.logit_tokens[:2].tolist() == [0, 5]
+
+
+@pytest.mark.parametrize(("num_tokens", "draw"), [(1, 1), (1, -1), (1, -2), (2, 0)])
+def test_draws_that_there_are_not_are_refused(num_tokens: int, draw: int):
+    batch, _ = batch_and_inputs()
+    before = Row.of(sequence([10, 11, 12], 0, [7]), 3)
+    batch.fill(Step((before,)))
+    with pytest.raises(Internal, match=r"none of the 1 draws|beyond the tokens"):
+        batch.fill(Step((Row(before.sequence, num_tokens, 3, samples=True, previous_draw=draw),)))
+    batch.fill(Step((before,)), every_logit=True)
+    with pytest.raises(Internal, match="none of the 0 draws"):
+        batch.fill(Step((Row(before.sequence, 1, 3, samples=True, previous_draw=0),)))
+
+
 def test_a_step_that_samples_nothing_and_one_that_wants_everything():
     batch, inputs = batch_and_inputs()
     step = Step((Row.of(sequence([1, 2, 3], 0, [4]), 2), Row.of(sequence([5, 6], 0, [5]), 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from tiny_models import MODELS, TinyFile, load_runner
 
+from driving import Drive, submit
 from worker_orcd.config import EngineConfig
+from worker_orcd.engine.block_tables import CacheGroup
+from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.errors import ContextLengthExceeded, DeviceError, Internal, OutOfMemory, WorkerError
-from worker_orcd.kernels.backend import CompiledForward, Counts, Forward
+from worker_orcd.kernels.backend import BatchInputs, CompiledForward, Counts, Forward
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.runner.runner import ModelRunner
@@ -180,10 +184,14 @@ def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
 
 
 class Drawing:
-    """A forward pass on a device that draws: computed at `launch`, told when waited for."""
+    """A forward pass on a device that draws: computed at `launch`, told when waited for.
 
-    def __init__(self, compiled: CompiledForward, vocab_size: int) -> None:
-        self._compiled, self._sampler = compiled, Sampler(vocab_size)
+    It keeps what it drew, for steps that are launched before anybody was told.
+    """
+
+    def __init__(self, compiled: CompiledForward, inputs: BatchInputs, vocab_size: int) -> None:
+        self._compiled, self._inputs, self._sampler = compiled, inputs, Sampler(vocab_size)
+        self._drawn = torch.zeros(0, dtype=torch.int32)
         self.fails_at = ""
         self.waited = 0
 
@@ -193,8 +201,12 @@ class Drawing:
     def launch(self, counts: Counts, draws: SequenceABC[Draw | None]) -> Callable[[], list[RowResult]]:
         if self.fails_at == "launch":
             raise RuntimeError("0x7f00 /home/me")
+        ids = self._inputs.token_ids[: counts.num_tokens]
+        ids[ids < 0] = self._drawn[-1 - ids[ids < 0]]
         logits = iter(self._compiled(counts).numpy())
         found = [None if draw is None else self._sampler.sample(next(logits), draw) for draw in draws]
+        drawn = [getattr(one, "token_id", 0) for one in found if one is not None]
+        self._drawn = torch.tensor(drawn, dtype=torch.int32)
 
         def results() -> list[RowResult]:
             self.waited += 1
@@ -211,7 +223,7 @@ def drawing(model_path: Path) -> tuple[ModelRunner, Drawing]:
 
     class DrawingBackend(ReferenceBackend):
         def compile(self, forward: Forward, inputs: Any, limits: Any) -> CompiledForward:
-            made.append(Drawing(super().compile(forward, inputs, limits), 320))
+            made.append(Drawing(super().compile(forward, inputs, limits), inputs, 320))
             return made[-1]
 
     return load_runner(model_path, DrawingBackend(), ENGINE), made[0]
@@ -234,6 +246,36 @@ def test_a_device_that_draws_is_left_to_it(drawing: tuple[ModelRunner, Drawing],
         pending.wait()
     assert behind.wait() == runner.launch(step).wait()
     assert np.array_equal(score(drawer, PROMPT), score(runner, PROMPT))
+
+
+def test_two_steps_under_way_give_the_tokens_of_one(
+    drawing: tuple[ModelRunner, Drawing], runner: ModelRunner
+):
+    """Whatever depends on the tokens before, and sequences that end before anybody knew."""
+    random = np.random.default_rng(5)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "seed": 4, "logprobs": 3},
+        {"temperature": 1.5, "top_k": 20, "min_p": 0.01},
+        {"temperature": 0.8, "presence_penalty": 0.7},
+        {"logit_bias": ((320, 1.0),)},  # fails
+    ]
+    submits = [
+        replace(
+            submit(number, random.integers(0, 320, int(random.integers(1, 14))).tolist(), 40, **kind),
+            stop_token_ids=frozenset(range(0, 320, 29)),
+            min_tokens=number % 4,
+        )
+        for number, kind in enumerate(kinds * 6)
+    ]
+    found = []
+    for one in (runner, drawing[0]):
+        drive = Drive(one, ENGINE, [CacheGroup(BlockPool(10))])
+        found.append({number: result.tokens for number, result in drive.run(submits, failing=True).items()})
+        assert drive.num_preempted > 0
+        assert any(stats.ahead for stats in drive.steps) == (one is not runner)
+    assert found[0] == found[1]
+    assert len({len(tokens) for tokens in found[0].values()}) > 5
 
 
 @pytest.mark.parametrize(("fails_at", "expected"), [("launch", Internal), ("wait", DeviceError)])
