@@ -139,6 +139,8 @@ class FakeDevice:
             assert len(token_ids) == row.end - unknown and row.num_tokens >= 1
             assert not (unknown and s.sampling.penalises), "a draw that depends on a token nobody knows"
             rows.append(_Copied(row, tables, token_ids))
+        behind = any(row.previous_draw is not None for row in step.rows)
+        assert not behind or self.num_launched > self.num_computed, "no step is under way to draw a token"
         self.num_launched += 1
         return Pending(self, self.num_launched, rows)
 

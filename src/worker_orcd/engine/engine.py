@@ -156,7 +156,7 @@ class Engine:
         self._flush()
 
     def _turn(self) -> None:
-        while len(self._launched) < self._runner.max_steps and self._launch_next():
+        while self._takes_more() and self._launch_next():
             pass
         if not self._launched:
             self._flush()
@@ -165,6 +165,11 @@ class Engine:
         self._look()  # a step may take long: blocks given back before it must not be missed until it is over
         self._flush()
         self._end_oldest()
+
+    def _takes_more(self) -> bool:
+        """Nothing is launched behind a step that could not be."""
+        is_broken = any(isinstance(launched.pending, Exception) for launched in self._launched)
+        return len(self._launched) < self._runner.max_steps and not is_broken
 
     def _launch_next(self) -> bool:
         """Whether there was a step to launch."""
