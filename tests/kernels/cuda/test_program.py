@@ -236,6 +236,23 @@ def test_a_step_is_padded_to_its_bucket() -> None:
     assert device.block_tables[:, 2:].sum() == 0
 
 
+def test_what_was_filled_may_be_filled_again_while_it_is_copied() -> None:
+    """Copies take turns in pinned memory: that of the step before last is free again."""
+    staging = Staging(LIMITS, CPU)
+    used: list[int] = []
+    for token in (3, 4, 5):
+        staging.host.token_ids.fill_(token)
+        staging.host.context_lens[0] = LIMITS.block_size
+        staging.host.block_tables[:, 0, 0] = token
+        staging.copy(Counts(2, 1, 1), Bucket(2, 1))
+        used.append(staging._sides[-1].buffer.data_ptr())
+        assert staging._sides[-1].buffer.view(torch.int32)[0] == token
+        assert staging.device.token_ids[:2].tolist() == [token] * 2
+        assert staging.device.block_tables[:, 0, 0].tolist() == [token] * 2
+    assert used[0] == used[2] != used[1]
+    assert staging.host.token_ids.data_ptr() not in used
+
+
 # -- what does not fit together ----------------------------------------------------------------------------
 
 
