@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from worker_orcd.config import DeviceConfig, DeviceName, EngineConfig
 from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.blocks import BlockPool
@@ -34,7 +36,7 @@ from worker_orcd.model.weights import load_weights
 from worker_orcd.narration import Event, Narration
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
-from worker_orcd.sequence import FinishReason, SampledToken, SamplingParams
+from worker_orcd.sequence import FinishReason, PendingStep, Runner, SampledToken, SamplingParams, Step
 
 ANSWER_SECONDS = 300.0  # that the slowest answer takes at most; a device that hangs must not take the run
 STOP_SECONDS = 30.0
@@ -108,13 +110,57 @@ class Answer:
     done: threading.Event = field(default_factory=threading.Event)
 
 
+class OneAtATime:
+    """A runner that never has two steps under way."""
+
+    max_steps = 1
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def launch(self, step: Step) -> PendingStep:
+        return self._runner.launch(step)
+
+
+class QueueWatch:
+    """A runner that counts how often the device went from a step to the next by itself.
+
+    So it did where the next was in its queue before it had ended the one before. On a CPU it never does.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.max_steps = runner.max_steps
+        self._ends: list[torch.cuda.Event] | None = None
+        if self.max_steps > 1:
+            self._ends = [torch.cuda.Event() for _ in range(2)]  # of the steps launched last
+        self.num_steps = self.num_queued = 0
+
+    def launch(self, step: Step) -> PendingStep:
+        pending = self._runner.launch(step)
+        self.num_steps += 1
+        if self._ends is not None:
+            self.num_queued += self.num_steps > 1 and not self._ends[-1].query()
+            self._ends.reverse()
+            self._ends[-1].record()
+        return pending
+
+
 class RunningEngine(AbstractContextManager["RunningEngine"]):
     """An engine, from its start to its stop. `steps`: what it said of each of its steps."""
 
     def __init__(
-        self, model: Model, *, engine: EngineConfig | None = None, blocks: Sequence[int] | None = None
+        self,
+        model: Model,
+        *,
+        engine: EngineConfig | None = None,
+        blocks: Sequence[int] | None = None,
+        runner: Runner | None = None,
     ) -> None:
-        """`blocks`: usable ones of each cache group, at most those of the plan, which is also the default."""
+        """`blocks`: usable ones of each cache group, at most those of the plan, which is also the default.
+
+        `runner`: what stands before the model's.
+        """
         self.steps: list[StepStats] = []
         self._ids = itertools.count(1)
         self._answers: dict[int, Answer] = {}
@@ -126,7 +172,7 @@ class RunningEngine(AbstractContextManager["RunningEngine"]):
         ]
         self._engine = Engine(
             Scheduler(engine or model.engine, groups),
-            model.runner,
+            runner or model.runner,
             self._publish,
             observer=self,
             narration=Told(),

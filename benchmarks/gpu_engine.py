@@ -8,8 +8,10 @@ the same bits whatever happens around it, and whether memory stays as it is.
 
 Needs torch, NumPy, psutil and, with a GPU, triton; no network. `crowd`: requests of 128 tokens in and 128
 out, greedy, sent at the same moment, and the time to the first token of a prompt alone; beside what others
-do on the same kind of card. `same`: tokens and log probabilities of requests alone, compared bit for bit with
-the same among random others, in chunks, after preemption, and behind a cached prefix of every length.
+do on the same kind of card. It tells how many steps were launched while one was under way, and how many were
+in the device's queue before that one was done, so that it did not wait for the host. `same`: tokens and log
+probabilities of requests alone, compared bit for bit with the same one step at a time, among random others,
+in chunks, after preemption, and behind a cached prefix of every length.
 `memory`: a thousand requests of random shapes, after which the device's memory is what it was before.
 Results go to a JSON file as they come; the lines are printed again last. Ends with 1 if a check failed.
 """
@@ -29,7 +31,7 @@ from typing import Any
 import psutil
 import torch
 
-from engine_client import GREEDY, Model, RunningEngine, load, random_prompt
+from engine_client import GREEDY, Model, QueueWatch, RunningEngine, load, random_prompt
 from gpu_engine_same import check_same
 from gpu_peers import SOURCE, Peers, peers_of
 from gpu_report import Session
@@ -63,7 +65,8 @@ def serve_crowd(session: Session, model: Model) -> None:
         session.say(
             f"{name}: {size:4} requests: {found['output_rate']:8.0f} tok/s in all, decode"
             f" {found['decode_rate']:8.0f} ({1000 * found['step_seconds']:.2f} ms a step), first token after"
-            f" {found['first_token_ms']:.0f} ms{': ' if beside else ''}{beside}"
+            f" {found['first_token_ms']:.0f} ms; {found['ahead']:.0%} of steps launched ahead,"
+            f" {found['queued']:.0%} queued before the device was done{': ' if beside else ''}{beside}"
         )
 
 
@@ -88,7 +91,8 @@ def ratios(found: dict[str, Any], size: int, peers: Peers | None) -> dict[str, f
 def run_crowd(model: Model, size: int, length: int, output: int, seed: str) -> dict[str, Any]:
     """Requests sent at the same moment. Rates in tokens a second over all of them."""
     prompts = [random_prompt(model, length, f"{size} {seed} {number}") for number in range(size)]
-    with RunningEngine(model) as engine:
+    watch = QueueWatch(model.runner)
+    with RunningEngine(model, runner=watch) as engine:
         sent = time.perf_counter()
         numbers = [engine.send(ids, GREEDY, max_tokens=output) for ids in prompts]
         answers = [engine.answer(number) for number in numbers]
@@ -102,6 +106,8 @@ def run_crowd(model: Model, size: int, length: int, output: int, seed: str) -> d
         "step_seconds": statistics.median([step.seconds for step in decode]) if decode else 0.0,
         "first_token_ms": 1000 * statistics.median([answer.times[0] - sent for answer in answers]),
         "preempted": sum(step.num_preempted for step in engine.steps),
+        "ahead": sum(step.ahead for step in engine.steps) / len(engine.steps),
+        "queued": watch.num_queued / watch.num_steps,
     }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine_client import GREEDY, Answer, Model, RunningEngine, random_prompt
+from engine_client import GREEDY, Answer, Model, OneAtATime, RunningEngine, random_prompt
 from gpu_report import Session
 from worker_orcd.sequence import SampledToken, SamplingParams
 
@@ -87,6 +87,7 @@ def check_same(session: Session, model: Model) -> None:
     requests = make_requests(model, args.subjects, longest, args.watched, "subject")
     alone = answers_alone(model, requests)
     checks: dict[str, Callable[[], Iterator[tuple[Compared, str, bool]]]] = {
+        "ahead": lambda: one_at_a_time(model, requests, alone),
         "others": lambda: among_others(model, requests, alone),
         "chunks": lambda: in_chunks(model, requests, alone),
         "preempted": lambda: preempted(model, requests, alone),
@@ -118,6 +119,24 @@ def compare(engine: RunningEngine, numbers: Sequence[int], wanted: Sequence[Answ
     for number, answer in zip(numbers, wanted, strict=True):
         compared.add(answer.tokens, engine.answer(number).tokens)
     return compared
+
+
+def one_at_a_time(
+    model: Model, requests: list[Request], alone: list[Answer]
+) -> Iterator[tuple[Compared, str, bool]]:
+    """All at once, each step launched when the one before is over; then those that can go ahead. On a device
+    that takes one step there is nothing to compare.
+    """
+    if model.runner.max_steps == 1:
+        return
+    free = [index for index, request in enumerate(requests) if not request.sampling.penalises]
+    for runner, chosen in ((OneAtATime(model.runner), range(len(requests))), (model.runner, free)):
+        with RunningEngine(model, runner=runner) as engine:
+            numbers = [send(engine, requests[index]) for index in chosen]
+            compared = compare(engine, numbers, [alone[index] for index in chosen])
+        ahead = sum(step.ahead for step in engine.steps)
+        what = f"all at once, {ahead} of {len(engine.steps)} steps launched while one was under way"
+        yield compared, what, ahead > len(engine.steps) // 2 if runner is model.runner else ahead == 0
 
 
 def among_others(

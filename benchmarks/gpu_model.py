@@ -136,7 +136,9 @@ def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, g
 
 def in_batch(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
     """Logits of every token, all prompts in one step."""
-    return runner.logits(Step(tuple(Row(one, len(one.token_ids)) for one in sequences_of(runner, prompts))))
+    return runner.logits(
+        Step(tuple(Row.of(one, len(one.token_ids)) for one in sequences_of(runner, prompts)))
+    )
 
 
 def sequences_of(runner: ModelRunner, prompts: list[list[int]], *, computed: bool = False) -> list[Sequence]:
@@ -221,11 +223,11 @@ def check_draws(session: Session, name: str, runner: ModelRunner, prompts: list[
     sequences = sequences_of(runner, prompts, computed=True)
     for number, one in enumerate(sequences):
         one.sampling = SamplingParams(seed=number, **DRAWS[number % len(DRAWS)])
-    drawn = runner.launch(Step(tuple(Row(one, 1) for one in sequences))).wait()
+    drawn = runner.launch(Step(tuple(Row.of(one, 1) for one in sequences))).wait()
     host = Sampler(runner.vocab_size)
     wrong = sum(
         not isinstance(found, SampledToken)
-        or not isinstance(wanted := host.sample(row, Draw.of(one)), SampledToken)
+        or not isinstance(wanted := host.sample(row, Draw.of(Row.of(one, 1))), SampledToken)
         or found.token_id != wanted.token_id
         for found, row, one in zip(drawn, logits, sequences, strict=True)
     )
@@ -237,10 +239,10 @@ def last_logits(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.flo
     """Of the last token of each prompt: all but it in steps of their own, then one decode step of all."""
     sequences = sequences_of(runner, prompts)
     for some in grouped(sequences, runner.limits.max_tokens):
-        runner.launch(Step(tuple(Row(one, len(one.token_ids) - 1) for one in some))).wait()
+        runner.launch(Step(tuple(Row.of(one, len(one.token_ids) - 1) for one in some))).wait()
     for one in sequences:
         one.num_computed_tokens = len(one.token_ids) - 1
-    return runner.logits(Step(tuple(Row(one, 1) for one in sequences)))
+    return runner.logits(Step(tuple(Row.of(one, 1) for one in sequences)))
 
 
 def grouped(sequences: list[Sequence], most: int) -> Iterator[list[Sequence]]:
@@ -271,11 +273,12 @@ def time_model(session: Session, path: Path) -> None:
     for rows in DECODES:
         if rows * (context + 16) > runner.plan.kv_cache_tokens:
             continue
-        micro, whole = time_decode(runner, step, rows, context)
-        session.keep(f"decode {path.name} {rows}", {"graph": micro, "step": whole})
+        micro, whole, behind = time_decode(runner, step, rows, context)
+        session.keep(f"decode {path.name} {rows}", {"graph": micro, "step": whole, "behind": behind})
         session.say(
             f"{path.name}: {rows:4} sequences at {context}: graph {micro:8.1f} us ="
-            f" {1e6 * rows / micro:8.0f} tok/s; with host {whole:8.1f} us = {1e6 * rows / whole:8.0f} tok/s"
+            f" {1e6 * rows / micro:8.0f} tok/s; with host {whole:8.1f} us = {1e6 * rows / whole:8.0f} tok/s;"
+            f" launched behind another {behind:8.1f} us = {1e6 * rows / behind:8.0f} tok/s"
         )
     for tokens in (128, 512, 2048):
         micro = time_prompt(runner, step, tokens)
@@ -285,11 +288,13 @@ def time_model(session: Session, path: Path) -> None:
         )
 
 
-def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) -> tuple[float, float]:
-    """Microseconds of the graph alone, and of a whole step as the engine sees it."""
+def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) -> tuple[float, float, float]:
+    """Microseconds of the graph alone, of a whole step, and of one that was launched while another was under
+    way, as the engine does it.
+    """
     random = np.random.default_rng(rows)
     prompts = random.integers(0, min(runner.vocab_size, 30000), (rows, context + 1)).tolist()
-    whole = Step(tuple(Row(one, 1) for one in sequences_of(runner, prompts, computed=True)))
+    whole = Step(tuple(Row.of(one, 1) for one in sequences_of(runner, prompts, computed=True)))
     for _ in range(3):
         runner.launch(whole).wait()
     times = []
@@ -297,7 +302,17 @@ def time_decode(runner: ModelRunner, step: CudaStep, rows: int, context: int) ->
         started = time.perf_counter()
         runner.launch(whole).wait()
         times.append(time.perf_counter() - started)
-    return replay(step, Counts(rows, rows, rows)), 1e6 * statistics.median(times)
+    behind = []
+    pending = runner.launch(whole)
+    for _ in range(40):
+        started = time.perf_counter()
+        following = runner.launch(whole) if runner.max_steps > 1 else None
+        pending.wait()
+        pending = following or runner.launch(whole)
+        behind.append(time.perf_counter() - started)
+    pending.wait()
+    alone = replay(step, Counts(rows, rows, rows))
+    return alone, 1e6 * statistics.median(times), 1e6 * statistics.median(behind)
 
 
 def profile_model(session: Session, path: Path) -> None:
@@ -323,7 +338,7 @@ def time_prompt(runner: ModelRunner, step: CudaStep, tokens: int) -> float:
     length = min(tokens, 512)
     random = np.random.default_rng(tokens)
     prompts = random.integers(0, min(runner.vocab_size, 30000), (tokens // length, length)).tolist()
-    rows = [Row(one, length) for one in sequences_of(runner, prompts)]
+    rows = [Row.of(one, length) for one in sequences_of(runner, prompts)]
     runner.launch(Step(tuple(rows))).wait()
     return replay(step, Counts(tokens, len(rows), len(rows)))
 

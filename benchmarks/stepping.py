@@ -46,7 +46,7 @@ class Stepper:
         """Compute what is not computed yet and append the next token."""
         limit = self.loaded.engine_config.max_num_batched_tokens
         while True:
-            row = Row(sequence, min(sequence.num_uncomputed_tokens, limit))
+            row = Row.of(sequence, min(sequence.num_uncomputed_tokens, limit))
             (result,) = self.loaded.runner.launch(Step((row,))).wait()
             sequence.num_computed_tokens += row.num_tokens
             if isinstance(result, SampledToken):

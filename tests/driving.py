@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 from worker_orcd.config import EngineConfig
 from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.messages import Output, StepStats, Submit
 from worker_orcd.engine.scheduler import Scheduler
-from worker_orcd.sequence import FinishReason, Runner, SampledToken, SamplingParams
+from worker_orcd.sequence import FinishReason, PendingStep, Runner, SampledToken, SamplingParams, Step
 
 
 @dataclass
@@ -34,23 +35,34 @@ class Drive:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config, self.groups)
+        self._launched: deque[tuple[Step, PendingStep]] = deque()  # the oldest first
 
-    def run(self, submits: list[Submit]) -> dict[int, Result]:
-        """Submit all at once and step until everything has ended."""
+    def run(self, submits: list[Submit], *, failing: bool = False) -> dict[int, Result]:
+        """Submit all at once and step until everything has ended. With `failing` some may end with errors."""
         results = {submit.id: Result() for submit in submits}
         outputs: list[Output] = []
         for submit in submits:
             outputs += self.scheduler.submit(submit, time.monotonic())
-        while (step := self.scheduler.schedule(time.monotonic())) is not None:
-            outputs += self.scheduler.update(step, self.runner.launch(step).wait())
+        while self._launch():
+            step, pending = self._launched.popleft()
+            outputs += self.scheduler.update(step, pending.wait())
             self.steps.append(self.scheduler.stats(0.0))
         for output in outputs:
             result = results[output.id]
             result.tokens += output.tokens
             result.finish_reason = output.finish_reason
             result.num_cached_tokens = output.num_cached_tokens
-            assert output.error is None, output.error
+            assert failing or output.error is None, output.error
         return results
+
+    def _launch(self) -> bool:
+        """As many steps as there are and the runner takes. Whether one is under way."""
+        while len(self._launched) < self.runner.max_steps:
+            step = self.scheduler.schedule(time.monotonic())
+            if step is None:
+                break
+            self._launched.append((step, self.runner.launch(step)))
+        return bool(self._launched)
 
     @property
     def num_preempted(self) -> int:

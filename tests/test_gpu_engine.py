@@ -11,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from engine_client import GREEDY, Model, RunningEngine, load, random_prompt
+from engine_client import GREEDY, Model, OneAtATime, QueueWatch, RunningEngine, load, random_prompt
 from gpu_engine import ENGINE, PARTS, ratios
-from gpu_engine_same import Compared, answers_alone, in_chunks, make_requests, preempted, small_pools
+from gpu_engine_same import (
+    Compared,
+    answers_alone,
+    in_chunks,
+    make_requests,
+    one_at_a_time,
+    preempted,
+    small_pools,
+)
 from gpu_peers import PEERS, peers_of
 from worker_orcd.sequence import FinishReason, SampledToken
 from worker_orcd.synth import shape_named, write_model
@@ -71,6 +79,7 @@ def test_all_parts_run_without_the_libraries_of_a_worker(path: Path, tmp_path: P
     assert len(same) == 3 + 2 + 2 + 2
     assert all(value["rows"] >= 6 * 12 and value["bits"] == 0 and value["real"] for value in same.values())
     assert results["crowd tiny.gguf 3"]["output_rate"] > 0
+    assert (results["crowd tiny.gguf 3"]["ahead"], results["crowd tiny.gguf 3"]["queued"]) == (0, 0)
     assert results["first token tiny.gguf"]["tokens"] == 512
     assert len([key for key in results if key.startswith("memory ")]) == 4
 
@@ -160,6 +169,15 @@ def test_a_request_that_cannot_be_served_raises(model: Model):
         number = engine.send(random_prompt(model, 200, "long"), GREEDY, max_tokens=9)
         with pytest.raises(RuntimeError, match="context length of 96"):
             engine.answer(number)
+
+
+def test_an_engine_may_be_held_to_one_step(model: Model):
+    watch = QueueWatch(OneAtATime(model.runner))
+    with RunningEngine(model, runner=watch) as engine:
+        engine.answer(engine.send(random_prompt(model, 9, "held"), GREEDY, max_tokens=5))
+    assert (watch.max_steps, watch.num_steps, watch.num_queued) == (1, 5, 0)
+    assert not any(step.ahead for step in engine.steps)
+    assert list(one_at_a_time(model, [], [])) == []  # a CPU takes one at a time
 
 
 def test_pools_are_no_larger_than_planned(model: Model):

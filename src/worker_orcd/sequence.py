@@ -30,6 +30,11 @@ class SamplingParams:
     seed: int = 0  # uint64
     logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n most likely
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the next draw depends on the tokens before it, not on their number alone."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class FinishReason(enum.Enum):
     STOP = "stop"  # a token of `stop_token_ids` was sampled; it is the last of the output
@@ -57,6 +62,10 @@ class Sequence:
     queue_seconds: float = 0.0  # from the submit to the first step that computed it
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache
+    num_scheduled_tokens: int = 0  # and those that steps under way compute
+    num_steps_under_way: int = 0  # that have a row of it
+    num_draws_under_way: int = 0  # tokens that those steps draw: they are not in `token_ids` yet
+    draw_index: int = 0  # of the latest of them among all draws of its step
     num_cached_tokens: int = 0  # of those, found in the prefix cache when first admitted
     num_preemptions: int = 0
     # While it runs one for each cache group, 0 for a block behind the window; while it waits none.
@@ -72,26 +81,51 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def num_unscheduled_tokens(self) -> int:
+        """How many tokens the next step could compute.
+
+        A token that is being drawn counts, though nobody knows it yet, unless it is the last of the sequence.
+        """
+        num_tokens = len(self.token_ids) + self.num_draws_under_way
+        if self.num_draws_under_way and num_tokens - self.num_prompt_tokens >= self.max_tokens:
+            return 0
+        return num_tokens - self.num_scheduled_tokens
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def may_stop(self) -> bool:
         """Whether the next token may be one of `stop_token_ids`; the sampler masks those where it may not."""
-        return self.num_output_tokens >= self.min_tokens
+        return self.may_stop_at(len(self.token_ids))
+
+    def may_stop_at(self, position: int) -> bool:
+        """The same of the token at a position behind the prompt."""
+        return position - self.num_prompt_tokens >= self.min_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's share of a step: compute `num_tokens` tokens from `num_computed_tokens` on."""
+    """One sequence's share of a step: compute `num_tokens` tokens from `start` on."""
 
     sequence: Sequence
     num_tokens: int
+    start: int  # tokens before it: computed, or about to be by the step before
+    samples: bool  # whether it reaches the end of what is known, so that its last logits give a new token
+    # Its only token is not known yet: it is this one of the draws of the step before, which is under way.
+    previous_draw: int | None = None
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> Row:
+        """The next tokens of a sequence that no step under way has."""
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        return cls(sequence, num_tokens, sequence.num_computed_tokens, samples)
 
     @property
-    def samples(self) -> bool:
-        """Whether this row reaches the end of what is known, so that its last logits give a new token."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+    def end(self) -> int:
+        """The position of the token that is drawn, if it samples."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +169,15 @@ class PendingStep(Protocol):
 class Runner(Protocol):
     """The device side as the engine sees it. Implemented by runner.ModelRunner and by test fakes."""
 
+    @property
+    def max_steps(self) -> int:
+        """How many steps may be under way: 1, or 2 if the device goes on to the next by itself."""
+        ...
+
     def launch(self, step: Step) -> PendingStep:
-        """Start a step. Raises EngineError, and then the step is over.
+        """Start a step, behind those under way. Raises EngineError, and then this step is over.
 
         Must not wait for the device: the engine publishes the previous step's tokens before it calls `wait`.
-        A device without a queue of its own computes in `wait`.
+        A device without a queue of its own computes in `wait`. Steps are waited for in order.
         """
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from engine_ahead_checks import AHEAD_CHECKS
 from engine_block_checks import BLOCK_CHECKS, Check
 from engine_fakes import FakeDevice, alone
 from engine_window_checks import WINDOW_CHECKS
@@ -19,7 +20,7 @@ from worker_orcd.engine.messages import GroupBlocks, Output, Submit
 from worker_orcd.errors import Internal
 from worker_orcd.sequence import FinishReason, SampledToken, SamplingParams
 
-CHECKS = BLOCK_CHECKS + WINDOW_CHECKS
+CHECKS = BLOCK_CHECKS + WINDOW_CHECKS + AHEAD_CHECKS
 
 
 def check(function: Check) -> Check:

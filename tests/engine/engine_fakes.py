@@ -7,8 +7,9 @@ through. The next token is a hash of every entry that the last token sees, read 
 wrong block table, a block reused or given back too early or a false prefix hit changes the output, and "the
 same tokens whatever the batch" is the whole test.
 
-Like a real device it computes between `launch` and the end of `wait`, and all rows of a step at once: what
-one row writes, no other row of the step may read.
+Like a real device it computes between `launch` and the end of `wait`, as late as it can, steps in the order
+of their launch and all rows of a step at once: what one row writes, no other row of the step may read. A
+token that is not known at launch it takes from what the step before drew.
 """
 
 from __future__ import annotations
@@ -46,12 +47,21 @@ def compute(entries: Entries, position: int, token_id: int, windows: Windows) ->
         stored[position] = zlib.crc32(behind, 31 * token_id + group).to_bytes(4, "little")
 
 
-def next_token(entries: Entries, position: int, windows: Windows, seed: int) -> int:
-    return zlib.crc32(seen(entries, position, windows), seed) % VOCAB
+def next_token(
+    entries: Entries, position: int, windows: Windows, seed: int, penalised: Sequence[int] = ()
+) -> int:
+    """`penalised`: the tokens that the draw depends on, beside what the last of them sees."""
+    return zlib.crc32(bytes(penalised), zlib.crc32(seen(entries, position, windows), seed)) % VOCAB
 
 
 def alone(
-    prompt: list[int], max_tokens: int, *, seed: int = 0, min_tokens: int = 0, windows: Windows = (None,)
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    seed: int = 0,
+    min_tokens: int = 0,
+    windows: Windows = (None,),
+    penalises: bool = False,
 ) -> list[int]:
     """The answer (without the prompt) as a batch of one, never cached, never preempted, would give it."""
     tokens, answer = list(prompt), list[int]()
@@ -60,7 +70,7 @@ def alone(
         for position in range(len(entries[0]), len(tokens)):
             compute(entries, position, tokens[position], windows)
         may_stop = len(answer) >= min_tokens
-        answer.append(next_token(entries, len(tokens) - 1, windows, seed))
+        answer.append(next_token(entries, len(tokens) - 1, windows, seed, tokens if penalises else ()))
         tokens.append(answer[-1])
         if may_stop and answer[-1] in STOP:
             break
@@ -72,10 +82,12 @@ class _Copied:
     """A row as it was at launch."""
 
     row: Row
-    samples: bool
     tables: list[list[int]]
-    token_ids: list[int]  # up to the end of the row
-    start: int
+    token_ids: list[int]  # up to the end of the row, or but the one that is not known
+
+    @property
+    def places(self) -> range:
+        return range(self.row.start, self.row.end)
 
 
 @dataclass
@@ -83,13 +95,20 @@ class Pending:
     """A step being computed: everything was copied at launch, as a device would have it."""
 
     device: FakeDevice
+    number: int
     rows: list[_Copied]
 
     def wait(self) -> list[RowResult]:
         return self.device.compute(self)
 
     def block_ids(self, group: int) -> set[int]:
-        return {block_id for copied in self.rows for block_id in copied.tables[group] if block_id != 0}
+        """The blocks of what it computes, and of what that sees."""
+        window, size = self.device.windows[group], self.device.block_size
+        return {
+            block_id
+            for copied in self.rows
+            for block_id in copied.tables[group][first_visible(copied.row.start, window) // size :]
+        }
 
 
 @dataclass
@@ -101,6 +120,9 @@ class FakeDevice:
         default_factory=dict
     )  # (group, block id) -> its writer's salt
     failing_rows: dict[int, RowFailure] = field(default_factory=dict)  # by sequence id, once
+    drawn: list[int] = field(default_factory=list)  # by the step that was computed last
+    num_launched: int = 0
+    num_computed: int = 0
 
     def __post_init__(self) -> None:
         self.windows = [window for window, _num_blocks in self.groups]
@@ -110,38 +132,57 @@ class FakeDevice:
         rows = []
         for row in step.rows:
             s = row.sequence
-            start, end = s.num_computed_tokens, s.num_computed_tokens + row.num_tokens
             tables = [list(table) for table in s.block_tables]
             assert len(tables) == len(self.groups)
-            rows.append(_Copied(row, row.samples, tables, s.token_ids[:end], start))
-        return Pending(self, rows)
+            token_ids = s.token_ids[: row.end]
+            unknown = row.previous_draw is not None
+            assert len(token_ids) == row.end - unknown and row.num_tokens >= 1
+            assert not (unknown and s.sampling.penalises), "a draw that depends on a token nobody knows"
+            rows.append(_Copied(row, tables, token_ids))
+        behind = any(row.previous_draw is not None for row in step.rows)
+        assert not behind or self.num_launched > self.num_computed, "no step is under way to draw a token"
+        self.num_launched += 1
+        return Pending(self, self.num_launched, rows)
 
     def compute(self, pending: Pending) -> list[RowResult]:
+        self.num_computed += 1
+        assert pending.number == self.num_computed, "a step was waited for before the one in front of it"
+        for copied in pending.rows:
+            if copied.row.previous_draw is not None:
+                copied.token_ids.append(self.drawn[copied.row.previous_draw])
         before = [[list(block) for block in blocks] for blocks in self.cache]
-        return [self._compute_row(before, copied) for copied in pending.rows]
+        results = [self._compute_row(before, copied) for copied in pending.rows]
+        self.drawn = [
+            result.token_id if isinstance(result, SampledToken) else 0
+            for result, copied in zip(results, pending.rows, strict=True)
+            if copied.row.samples
+        ]
+        return results
 
     def _compute_row(self, before: list[list[list[bytes | None]]], copied: _Copied) -> RowResult:
         s, entries = copied.row.sequence, self._read(before, copied)
-        for position in range(copied.start, len(copied.token_ids)):
+        for position in copied.places:
             compute(entries, position, copied.token_ids[position], self.windows)
         for group, stored in enumerate(entries):
-            for position in range(copied.start, len(copied.token_ids)):
+            for position in copied.places:
                 block_id, offset = self._place(copied, group, position)
                 self.cache[group][block_id][offset] = stored[position]
                 self.salts[group, block_id] = s.cache_salt
         if s.id in self.failing_rows:
             self._spoil(copied)
             return self.failing_rows.pop(s.id)
-        if not copied.samples:
+        if not copied.row.samples:
             return None
-        return SampledToken(next_token(entries, len(copied.token_ids) - 1, self.windows, s.sampling.seed))
+        penalised = copied.token_ids if s.sampling.penalises else ()
+        last = copied.row.end - 1
+        return SampledToken(next_token(entries, last, self.windows, s.sampling.seed, penalised))
 
     def _read(self, before: list[list[list[bytes | None]]], copied: _Copied) -> Entries:
         """What was computed in earlier steps and the row's first token sees."""
         entries: Entries = []
         for group, window in enumerate(self.windows):
             entries.append({})
-            for position in range(first_visible(copied.start, window), copied.start):
+            for position in range(first_visible(copied.row.start, window), copied.row.start):
                 block_id, offset = self._place(copied, group, position)
                 found = before[group][block_id][offset]
                 assert found is not None, "read of a slot never written"
@@ -163,7 +204,7 @@ class FakeDevice:
 
     def _spoil(self, copied: _Copied) -> None:
         for group in range(len(self.groups)):
-            for position in range(copied.start, len(copied.token_ids)):
+            for position in copied.places:
                 block_id, offset = self._place(copied, group, position)
                 self.cache[group][block_id][offset] = b"bad!"
 
@@ -172,9 +213,15 @@ class Gate:
     """A device that does what a test says: fails, or waits for a hand."""
 
     def __init__(
-        self, device: FakeDevice, before_launch: Callable[[], None], before_wait: Callable[[], None]
+        self,
+        device: FakeDevice,
+        before_launch: Callable[[], None],
+        before_wait: Callable[[], None],
+        *,
+        max_steps: int = 1,
     ):
         self.device, self.before_launch, self.before_wait = device, before_launch, before_wait
+        self.max_steps = max_steps
         self.num_steps = 0
 
     def launch(self, step: Step) -> _GatedStep:
@@ -189,5 +236,9 @@ class _GatedStep:
     before_wait: Callable[[], None]
 
     def wait(self) -> list[RowResult]:
-        self.before_wait()
+        try:
+            self.before_wait()
+        except BaseException:
+            self.pending.wait()  # the device did what it was told; what came of it is lost
+            raise
         return self.pending.wait()

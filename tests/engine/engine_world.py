@@ -7,7 +7,7 @@ one or a mutant, and raises AssertionError where a promise is broken. Time is th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +47,7 @@ class Arrival:
     priority: int = 0
     salt: bytes = b""
     seed: int = 0
+    penalises: bool = False
     deadline: int | None = None  # ticks after the arrival
     cancel: int | None = None  # ticks after the arrival
     cancel_in_flight: bool = False  # while the device computes, not between steps
@@ -62,7 +63,8 @@ class Scenario:
     budget: int = 16
     max_seqs: int = 4
     caching: bool = True
-    failing_ticks: frozenset[int] = frozenset()  # steps that fail as a whole
+    max_steps: int = 1  # under way
+    failing_ticks: frozenset[int] = frozenset()  # at which a step that ends fails as a whole
 
     @property
     def groups(self) -> list[tuple[int | None, int]]:
@@ -84,6 +86,7 @@ ARRIVALS = st.builds(
     priority=st.sampled_from([0, 0, 0, 1, -1]),
     salt=st.sampled_from([b"", b"", b"", b"other"]),
     seed=st.integers(0, 2),
+    penalises=st.sampled_from([False] * 9 + [True]),
     deadline=st.sampled_from([None] * 20 + [0, 2, 5, 9, 15, 25]),
     cancel=st.sampled_from([None] * 20 + [0, 1, 2, 5, 9, 15, 25]),
     cancel_in_flight=st.booleans(),
@@ -124,6 +127,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         budget=draw(st.integers(1, 24)),
         max_seqs=draw(st.integers(1, 6)),
         caching=draw(st.booleans() | st.just(True)),
+        max_steps=draw(st.sampled_from([1, 2, 2])),
         failing_ticks=draw(st.sampled_from([frozenset[int]()] * 3 + [frozenset({1}), frozenset({2, 3, 9})])),
     )
 
@@ -157,12 +161,18 @@ class World:
             pool.allocate = partial(self.count_and_allocate, pool.allocate)
         self.stories: dict[int, Story] = {}
         self.tick = 0
-        self.in_flight: list[Row] = []
+        self.launched: deque[tuple[Step, Pending]] = deque()  # the oldest first
+        self.num_ahead = 0  # steps that were launched while one was under way
+        self.dropped: set[int] = set()  # sequences that hold blocks for what they compute again
 
     @property
     def pool(self) -> Any:
         """Of the first group."""
         return self.pools[0]
+
+    @property
+    def in_flight(self) -> list[Row]:
+        return [row for step, _pending in self.launched for row in step.rows]
 
     @property
     def lost(self) -> int:
@@ -181,7 +191,7 @@ class World:
             prompt_token_ids=tuple(arrival.prompt),
             max_tokens=arrival.max_tokens,
             stop_token_ids=STOP,
-            sampling=SamplingParams(seed=arrival.seed),
+            sampling=SamplingParams(seed=arrival.seed, presence_penalty=1.0 if arrival.penalises else 0.0),
             min_tokens=arrival.min_tokens,
             priority=arrival.priority,
             deadline=None if arrival.deadline is None else arrival.tick + arrival.deadline,
@@ -217,46 +227,70 @@ class World:
                     assert self.scheduler.cancel(sequence_id) == [], "cancelling twice does nothing"
 
     def step(self) -> dict[int, int]:
-        """One turn of the engine: how many tokens it computed, by sequence id."""
+        """One turn of the engine: how many tokens the step that ended had computed, by sequence id."""
+        while len(self.launched) < self.scenario.max_steps and self.launch():
+            pass
+        if not self.launched:
+            assert not self.stories or all(s.final for s in self.stories.values()), "work, but no step"
+            return {}
+        self.cancel(in_flight=True)
+        self.check_in_flight()
+        step, pending = self.launched[0]
+        results = pending.wait()
+        self.launched.popleft()
+        if self.tick in self.scenario.failing_ticks:
+            self.fail(step, pending)
+        else:
+            self.dropped -= {row.sequence.id for row in step.rows}
+            self.take(self.scheduler.update(step, results))
+        self.check_in_flight()
+        stats = self.scheduler.stats(0.5)
+        assert stats.num_rows == len(step.rows) and stats.num_tokens == step.num_tokens
+        assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
+        assert not stats.ahead or stats.num_preempted == 0
+        return {row.sequence.id: row.num_tokens for row in step.rows}
+
+    def launch(self) -> bool:
         self.take(self.scheduler.expire(self.tick))
         admitted_before = {s.id for s in self.scheduler.running}
         self.num_allocations = 0
+        before = [pool.num_free for pool in self.pools]
         step = self.scheduler.schedule(self.tick)
         if step is None:
-            assert not self.stories or all(s.final for s in self.stories.values()), "work, but no step"
-            return {}
+            assert not self.launched or before == [pool.num_free for pool in self.pools], "something was done"
+            self.check()
+            return False
+        self.num_ahead += bool(self.launched)
         self.check_step(step, admitted_before)
-        self.in_flight = list(step.rows)
-        self.check()
         for row in step.rows:
             story = self.stories[row.sequence.id]
             story.first_tick = self.tick if story.first_tick is None else story.first_tick
             if story.arrival.fails_at == self.tick:
                 self.device.failing_rows[row.sequence.id] = RowFailure("INTERNAL", "made to fail")
-        pending = self.device.launch(step)
-        self.cancel(in_flight=True)
-        self.check_in_flight(pending)
-        results = pending.wait()
-        self.in_flight = []
-        if self.tick in self.scenario.failing_ticks:
+        self.launched.append((step, self.device.launch(step)))
+        self.check()
+        return True
+
+    def fail(self, step: Step, pending: Pending) -> None:
+        """And drop what was launched behind it."""
+        self.device.spoil(pending)
+        self.take(self.scheduler.fail(step, "VRAM_OOM", "made to fail"))
+        assert all(row.sequence.finish_reason is not None for row in step.rows)
+        if self.launched:
+            behind, pending = self.launched[0]
+            pending.wait()
             self.device.spoil(pending)
-            self.take(self.scheduler.fail(step, "VRAM_OOM", "made to fail"))
-            assert all(row.sequence.finish_reason is not None for row in step.rows)
-        else:
-            self.take(self.scheduler.update(step, results))
-            stats = self.scheduler.stats(0.5)
-            assert stats.num_rows == len(step.rows) and stats.num_tokens == sum(
-                r.num_tokens for r in step.rows
-            )
-            assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
-        return {row.sequence.id: row.num_tokens for row in step.rows}
+            self.launched.popleft()
+            self.scheduler.drop(behind)
+            self.dropped |= {row.sequence.id for row in behind.rows}
+            self.check()
 
     # -- promises ------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Reference counts are right, free + held = total, lists are sorted, and who waits holds nothing."""
         live = self.scheduler.running + self.scheduler.waiting
-        ended = [r.sequence for r in self.in_flight if r.sequence not in live]
+        ended = list(dict.fromkeys(r.sequence for r in self.in_flight if r.sequence not in live))
         for group in range(len(self.pools)):
             self.check_group(group, self.scheduler.running + ended)
         assert not any(s.block_tables for s in self.scheduler.waiting), "who waits holds no blocks"
@@ -278,7 +312,9 @@ class World:
             behind, visible = s.block_tables[group][:first], s.block_tables[group][first:]
             assert not any(behind), "blocks are held that nobody will see"
             assert all(visible) and len(set(visible)) == len(visible), "blocks are missing"
-            if window is not None and not any(row.sequence is s for row in self.in_flight):
+            if s.id in self.dropped or any(row.sequence is s for row in self.in_flight):
+                continue
+            if window is not None:
                 assert len(visible) <= self.scenario.held_at_most(window), "more blocks than a window needs"
             for block_id in visible:
                 assert salts.setdefault(block_id, s.cache_salt) == s.cache_salt, "shared between salts"
@@ -289,18 +325,20 @@ class World:
         assert len(scheduler.running) <= scenario.max_seqs
         assert len({r.sequence.id for r in step.rows}) == len(step.rows)
         for row in step.rows:
-            assert 0 < row.num_tokens <= row.sequence.num_uncomputed_tokens
+            sequence = row.sequence
+            assert row.num_tokens > 0 and row.start == sequence.num_scheduled_tokens - row.num_tokens
+            assert row.end <= len(sequence.token_ids) + (row.previous_draw is not None)
+            assert row.end < sequence.num_prompt_tokens + sequence.max_tokens, "more than it may have"
             deadline = self.stories[row.sequence.id].sequence.deadline
             assert deadline is None or deadline > self.tick, "cycles on doomed work"
-            first = row.sequence.num_computed_tokens // scenario.block_size
-            last = (row.sequence.num_computed_tokens + row.num_tokens - 1) // scenario.block_size
+            first, last = row.start // scenario.block_size, (row.end - 1) // scenario.block_size
             for pool, table in zip(self.pools, row.sequence.block_tables, strict=True):
                 for block_id in table[first : last + 1]:
                     assert pool.ref_count(block_id) == 1, "a write to a shared block"
         in_step = {r.sequence.id for r in step.rows}
-        idle = [s for s in scheduler.running if s.id not in in_step]
+        idle = [s for s in scheduler.running if s.id not in in_step and s.num_unscheduled_tokens]
         assert not idle or step.num_tokens == scenario.budget, "budget left, and somebody idle"
-        if any(s.num_uncomputed_tokens == 1 for s in idle):  # a decode stalls: only decodes may be before it
+        if any(s.num_unscheduled_tokens == 1 for s in idle):  # a decode stalls: only decodes may be before it
             assert all(r.num_tokens == 1 for r in step.rows)
         unfinished = [r for r in step.rows if not r.samples and not self.lacks_blocks(r)]
         assert not unfinished or step.num_tokens == scenario.budget, "a prompt could have gone on"
@@ -312,16 +350,16 @@ class World:
 
     def lacks_blocks(self, row: Row) -> bool:
         """Whether a pool had no block for the row's next token."""
-        end = row.sequence.num_computed_tokens + row.num_tokens
         return any(
-            pool.num_free == 0 and len(table) * self.scenario.block_size == end
+            pool.num_free == 0 and len(table) * self.scenario.block_size == row.end
             for pool, table in zip(self.pools, row.sequence.block_tables, strict=True)
         )
 
-    def check_in_flight(self, pending: Pending) -> None:
-        for group, pool in enumerate(self.pools):
-            for block_id in pending.block_ids(group):
-                assert pool.ref_count(block_id) > 0, "a block was freed while the device may write to it"
+    def check_in_flight(self) -> None:
+        for _step, pending in self.launched:
+            for group, pool in enumerate(self.pools):
+                for block_id in pending.block_ids(group):
+                    assert pool.ref_count(block_id) > 0, "a block was freed while the device may write to it"
 
 
 def play(code: Code, scenario: Scenario) -> World:
@@ -353,6 +391,7 @@ def check_story(story: Story, scenario: Scenario) -> None:
         seed=arrival.seed,
         min_tokens=arrival.min_tokens,
         windows=windows,
+        penalises=arrival.penalises,
     )
     assert story.sequence.token_ids == arrival.prompt + story.tokens
     match story.final.finish_reason:

@@ -68,11 +68,11 @@ MUTANTS = [
     in_blocks("the first of the last is not looked at", "max(0, length - num_last)", "length - num_last + 1"),
     in_tables(
         "blocks are published before they are computed",
-        "        sequence.num_computed_tokens = prefix",
+        "        sequence.num_computed_tokens = sequence.num_scheduled_tokens = prefix",
         "        for g, t in zip(self.groups, sequence.block_tables):\n"
         "            for b, h in zip(t, sequence.block_hashes):\n"
         "                if b != 0: g.pool.publish(b, h)\n"
-        "        sequence.num_computed_tokens = prefix",
+        "        sequence.num_computed_tokens = sequence.num_scheduled_tokens = prefix",
     ),
     in_tables("found blocks are not taken", "            group.pool.take(found)\n", ""),
     in_tables("blocks are released twice", "        sequence.block_tables = []\n", ""),
@@ -161,17 +161,21 @@ MUTANTS = [
     ),
     in_scheduler(
         "a failed step is published",
-        "        self._end_step(step)\n        return [",
+        "        self._updated = self._end_step(step)\n        return [",
         "        for row in step.rows:\n"
         "            self._publish_blocks(row.sequence, row.sequence.num_computed_tokens + row.num_tokens)\n"
-        "        self._end_step(step)\n        return [",
+        "        self._updated = self._end_step(step)\n        return [",
     ),
     in_tables("only the last of several blocks is published", "range(first, end)", "range(end - 1, end)"),
     in_scheduler("blocks are not chained", "hashes[-1] if i else hash_salt", "hash_salt"),
     in_scheduler(
         "a whole prompt may be cached", "(len(sequence.token_ids) - 1) //", "len(sequence.token_ids) //"
     ),
-    in_scheduler("a preempted sequence keeps its count", "        sequence.num_computed_tokens = 0\n", ""),
+    in_scheduler(
+        "a preempted sequence keeps its count",
+        "        sequence.num_computed_tokens = sequence.num_scheduled_tokens = 0\n",
+        "",
+    ),
     in_scheduler(
         "a preempted sequence keeps its blocks",
         "        self._tables.release(sequence)\n        sequence",
@@ -200,16 +204,38 @@ MUTANTS = [
     ),
     in_scheduler(
         "blocks are freed on cancel in flight",
-        "self._ended_in_flight.append(sequence)",
-        "self._tables.release(sequence)",
+        "if sequence.num_steps_under_way == 0:  #",
+        "if True:  #",
     ),
     in_scheduler(
         "blocks are not freed after cancel in flight",
-        "        for sequence in self._ended_in_flight:\n            self._tables.release(sequence)\n",
-        "",
+        "sequence.finish_reason is not None and sequence.num_steps_under_way == 0:",
+        "False:",
     ),
     in_scheduler(
-        "a cancelled sequence still gets tokens", "if row.sequence.finish_reason is None and (", "if ("
+        "blocks are freed when the first of two steps is over",
+        "sequence.finish_reason is not None and sequence.num_steps_under_way == 0:",
+        "sequence.finish_reason is not None:",
+    ),
+    in_scheduler("a step ahead is planned as any other", "ahead=bool(self._in_flight)", "ahead=False"),
+    in_scheduler("penalties do not wait", "s.num_draws_under_way and s.sampling.penalises", "False"),
+    in_scheduler("a step ahead preempts for blocks", "self._tables.extend_all(growing)", "True"),
+    in_scheduler(
+        "a step ahead preempts for a priority",
+        "if has_seat and self.waiting and self.waiting[0].priority < self.running[-1].priority:",
+        "if False:",
+    ),
+    in_scheduler("a draw is named by its row", "draw_index = num_draws", "draw_index = len(rows) - 1"),
+    in_scheduler(
+        "what was dropped is not computed again",
+        "row.sequence.num_scheduled_tokens = row.sequence.num_computed_tokens",
+        "pass",
+    ),
+    in_tables("each has room alone, all have not", "missing > group.pool.num_free", "False"),
+    in_scheduler(
+        "a cancelled sequence still gets tokens",
+        "if row.sequence.finish_reason is None:\n                outputs",
+        "if True:\n                outputs",
     ),
     in_scheduler("stop tokens do not stop", "if may_stop and", "if False and"),
     in_scheduler("min_tokens is ignored", "may_stop = sequence.may_stop", "may_stop = True"),

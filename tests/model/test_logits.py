@@ -81,9 +81,9 @@ def test_a_step_that_wants_no_logits_still_fills_the_cache(backend: Backend, tmp
     runner = load_runner(path, backend, ENGINE)
     whole = runner.logits(Step((started(PROMPT[:30], 0),)))
     row = started(PROMPT[:30], 4)
-    assert runner.launch(Step((Row(row.sequence, 21),))).wait() == [None]
+    assert runner.launch(Step((Row.of(row.sequence, 21),))).wait() == [None]
     row.sequence.num_computed_tokens = 21
-    assert np.array_equal(runner.logits(Step((Row(row.sequence, 9),))), whole[21:])
+    assert np.array_equal(runner.logits(Step((Row.of(row.sequence, 9),))), whole[21:])
 
 
 def started(token_ids: list[int], first_block: int) -> Row:
@@ -95,7 +95,7 @@ def started(token_ids: list[int], first_block: int) -> Row:
         sampling=SamplingParams(),
     )
     sequence.block_tables = [[first_block + 1, first_block + 2]]
-    return Row(sequence, len(token_ids))
+    return Row.of(sequence, len(token_ids))
 
 
 def test_fused_weights_of_one_format_and_of_many_agree(tmp_path: Path):

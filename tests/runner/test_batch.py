@@ -38,9 +38,9 @@ def batch_and_inputs(*groups: GroupPlan) -> tuple[Batch, BatchInputs]:
 
 def test_a_prompt_a_chunk_and_a_decode():
     batch, inputs = batch_and_inputs()
-    prompt = Row(sequence([10, 11, 12, 13, 14], 0, [7, 3]), 5)
-    chunk = Row(sequence(list(range(20, 32)), 3, [9, 1, 5]), 6)  # tokens 3 … 8 of 12
-    decode = Row(sequence([40, 41, 42, 43], 3, [30]), 1)
+    prompt = Row.of(sequence([10, 11, 12, 13, 14], 0, [7, 3]), 5)
+    chunk = Row.of(sequence(list(range(20, 32)), 3, [9, 1, 5]), 6)  # tokens 3 … 8 of 12
+    decode = Row.of(sequence([40, 41, 42, 43], 3, [30]), 1)
     counts = batch.fill(Step((prompt, chunk, decode)))
     assert (counts.num_tokens, counts.num_rows, counts.num_logits) == (12, 3, 2)
     assert inputs.token_ids[:12].tolist() == [10, 11, 12, 13, 14, 23, 24, 25, 26, 27, 28, 43]
@@ -53,9 +53,44 @@ def test_a_prompt_a_chunk_and_a_decode():
     assert inputs.logit_tokens[:2].tolist() == [4, 11]
 
 
+def test_tokens_that_the_step_before_draws():
+    batch, inputs = batch_and_inputs()
+    first = Row.of(sequence([10, 11, 12], 0, [7]), 3)
+    chunk = Row.of(sequence([1] * 9, 0, [8, 9, 10]), 4)
+    second = Row.of(sequence([20, 21], 1, [6]), 1)
+    assert batch.fill(Step((first, chunk, second))).num_logits == 2
+    counts = batch.fill(
+        Step(
+            (
+                Row(second.sequence, 1, 2, samples=True, previous_draw=1),
+                Row(chunk.sequence, 5, 4, samples=True),
+                Row(first.sequence, 1, 3, samples=False, previous_draw=0),
+            )
+        )
+    )
+    assert (counts.num_tokens, counts.num_logits) == (7, 2)
+    assert inputs.token_ids[:7].tolist() == [-2, 1, 1, 1, 1, 1, -1]
+    assert inputs.positions[:7].tolist() == [2, 4, 5, 6, 7, 8, 3]
+    assert inputs.slots[0, :7].tolist() == [26, 36, 37, 38, 39, 40, 31]
+    assert inputs.context_lens[:3].tolist() == [3, 9, 4]
+    assert inputs.logit_tokens[:2].tolist() == [0, 5]
+
+
+@pytest.mark.parametrize(("num_tokens", "draw"), [(1, 1), (1, -1), (1, -2), (2, 0)])
+def test_draws_that_there_are_not_are_refused(num_tokens: int, draw: int):
+    batch, _ = batch_and_inputs()
+    before = Row.of(sequence([10, 11, 12], 0, [7]), 3)
+    batch.fill(Step((before,)))
+    with pytest.raises(Internal, match=r"none of the 1 draws|beyond the tokens"):
+        batch.fill(Step((Row(before.sequence, num_tokens, 3, samples=True, previous_draw=draw),)))
+    batch.fill(Step((before,)), every_logit=True)
+    with pytest.raises(Internal, match="none of the 0 draws"):
+        batch.fill(Step((Row(before.sequence, 1, 3, samples=True, previous_draw=0),)))
+
+
 def test_a_step_that_samples_nothing_and_one_that_wants_everything():
     batch, inputs = batch_and_inputs()
-    step = Step((Row(sequence([1, 2, 3], 0, [4]), 2), Row(sequence([5, 6], 0, [5]), 1)))
+    step = Step((Row.of(sequence([1, 2, 3], 0, [4]), 2), Row.of(sequence([5, 6], 0, [5]), 1)))
     assert batch.fill(step).num_logits == 0
     assert batch.fill(step, every_logit=True).num_logits == 3
     assert inputs.logit_tokens[:3].tolist() == [0, 1, 2]
@@ -64,8 +99,8 @@ def test_a_step_that_samples_nothing_and_one_that_wants_everything():
 def test_a_window_s_blocks_are_its_own_and_what_is_behind_it_is_not_read():
     batch, inputs = batch_and_inputs(FULL, WINDOWED)
     inputs.block_tables.fill_(-7)
-    chunk = Row(sequence([9] * 17, 10, [1, 2, 3, 4, 5], [0, 21, 22, 23, 24]), 5)  # the first sees 5 … 10
-    decode = Row(sequence([9] * 17, 16, [6, 7, 8, 9, 10], [0, 0, 25, 26, 27]), 1)  # sees 11 … 16
+    chunk = Row.of(sequence([9] * 17, 10, [1, 2, 3, 4, 5], [0, 21, 22, 23, 24]), 5)  # the first sees 5 … 10
+    decode = Row.of(sequence([9] * 17, 16, [6, 7, 8, 9, 10], [0, 0, 25, 26, 27]), 1)  # sees 11 … 16
     counts = batch.fill(Step((chunk, decode)))
     assert (counts.num_tokens, counts.num_logits) == (6, 1)
     assert inputs.slots[0, :6].tolist() == [14, 15, 16, 17, 18, 40]
@@ -88,7 +123,7 @@ def test_every_token_is_where_its_sequence_says(data: st.DataObject):
         tables = [[blocks.pop() for _ in range(5)] for blocks in free]
         first = max(0, computed - 5) // 4
         tables[1][:first] = [0] * first
-        rows.append(Row(sequence(tokens, computed, *tables), num_tokens))
+        rows.append(Row.of(sequence(tokens, computed, *tables), num_tokens))
     counts = batch.fill(Step(tuple(rows)))
     token = 0
     logits: list[int] = []
@@ -123,9 +158,9 @@ def test_every_token_is_where_its_sequence_says(data: st.DataObject):
 )
 def test_block_tables_that_lack_what_a_row_sees_are_refused(tables: list[list[int]], message: str):
     batch, _ = batch_and_inputs(FULL, WINDOWED)
-    batch.fill(Step((Row(sequence([1] * 10, 9, [1, 2, 3], [0, 4, 5]), 1),)))
+    batch.fill(Step((Row.of(sequence([1] * 10, 9, [1, 2, 3], [0, 4, 5]), 1),)))
     with pytest.raises(Internal, match=message):
-        batch.fill(Step((Row(sequence([1] * 10, 9, *tables), 1),)))
+        batch.fill(Step((Row.of(sequence([1] * 10, 9, *tables), 1),)))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +183,7 @@ def test_block_tables_that_lack_what_a_row_sees_are_refused(tables: list[list[in
 )
 def test_steps_that_break_the_rules_are_refused(rows: list[Any], message: str):
     batch, _ = batch_and_inputs()
-    step = Step(tuple(Row(sequence(tokens, computed, blocks), n) for tokens, computed, blocks, n in rows))
+    step = Step(tuple(Row.of(sequence(tokens, computed, blocks), n) for tokens, computed, blocks, n in rows))
     with pytest.raises(Internal, match=message):
         batch.fill(step)
 
@@ -156,13 +191,13 @@ def test_steps_that_break_the_rules_are_refused(rows: list[Any], message: str):
 def test_more_logits_than_there_is_room_for_are_refused():
     batch, _ = batch_and_inputs()
     with pytest.raises(Internal, match="7 logits wanted; at most 6"):
-        batch.fill(Step((Row(sequence([1] * 7, 0, [1, 2]), 7),)), every_logit=True)
+        batch.fill(Step((Row.of(sequence([1] * 7, 0, [1, 2]), 7),)), every_logit=True)
 
 
 def test_what_an_earlier_step_left_does_not_show():
     batch, inputs = batch_and_inputs()
-    batch.fill(Step(tuple(Row(sequence([9] * 5, 0, [index + 1, 39]), 5) for index in range(6))))
-    batch.fill(Step((Row(sequence([1, 2], 1, [8]), 1),)))
+    batch.fill(Step(tuple(Row.of(sequence([9] * 5, 0, [index + 1, 39]), 5) for index in range(6))))
+    batch.fill(Step((Row.of(sequence([1, 2], 1, [8]), 1),)))
     assert inputs.query_start[:2].tolist() == [0, 1]
     assert (inputs.token_ids[0], inputs.positions[0], inputs.slots[0, 0]) == (2, 1, 33)
     assert inputs.block_tables[0, 0, 0].item() == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from tiny_models import MODELS, TinyFile, load_runner
 
+from driving import Drive, submit
 from worker_orcd.config import EngineConfig
+from worker_orcd.engine.block_tables import CacheGroup
+from worker_orcd.engine.blocks import BlockPool
 from worker_orcd.errors import ContextLengthExceeded, DeviceError, Internal, OutOfMemory, WorkerError
-from worker_orcd.kernels.backend import CompiledForward, Counts, Forward
+from worker_orcd.kernels.backend import BatchInputs, CompiledForward, Counts, Forward
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.runner.runner import ModelRunner
@@ -59,7 +63,7 @@ def advance(runner: ModelRunner, rows: list[Row]) -> list[Any]:
 
 
 def generate(runner: ModelRunner, made: Sequence, count: int) -> list[SampledToken]:
-    return [advance(runner, [Row(made, made.num_uncomputed_tokens)])[0] for _ in range(count)]
+    return [advance(runner, [Row.of(made, made.num_uncomputed_tokens)])[0] for _ in range(count)]
 
 
 def test_greedy_tokens_are_the_argmax_of_the_logits(runner: ModelRunner):
@@ -95,7 +99,7 @@ def test_alone_chunked_and_in_a_crowd_the_tokens_are_the_same(runner: ModelRunne
     while any(len(tokens) < 10 for tokens in found):
         chunk = chunk % 7 + 1
         rows = [
-            Row(made, min(chunk, made.num_uncomputed_tokens))
+            Row.of(made, min(chunk, made.num_uncomputed_tokens))
             for made in crowd[:: 1 if chunk % 2 else -1]
             if len(found[made.id]) < 10
         ]
@@ -107,15 +111,15 @@ def test_alone_chunked_and_in_a_crowd_the_tokens_are_the_same(runner: ModelRunne
 
 def test_rows_that_do_not_reach_the_end_sample_nothing(runner: ModelRunner):
     made = sequence(0, PROMPT)
-    assert runner.launch(Step((Row(made, 5),))).wait() == [None]
-    both = runner.launch(Step((Row(made, 5), Row(sequence(1, PROMPT), 20)))).wait()
+    assert runner.launch(Step((Row.of(made, 5),))).wait() == [None]
+    both = runner.launch(Step((Row.of(made, 5), Row.of(sequence(1, PROMPT), 20)))).wait()
     assert both[0] is None
     assert isinstance(both[1], SampledToken)
 
 
 def test_a_row_that_fails_does_not_disturb_its_neighbours(runner: ModelRunner):
-    good = Row(sequence(0, PROMPT, temperature=0.0), 20)
-    bad = Row(sequence(1, PROMPT, logit_bias=((320, 1.0),)), 20)
+    good = Row.of(sequence(0, PROMPT, temperature=0.0), 20)
+    bad = Row.of(sequence(1, PROMPT, logit_bias=((320, 1.0),)), 20)
     alone = runner.launch(Step((good,))).wait()
     first, second = runner.launch(Step((bad, good))).wait()
     assert isinstance(first, RowFailure)
@@ -125,23 +129,23 @@ def test_a_row_that_fails_does_not_disturb_its_neighbours(runner: ModelRunner):
 
 def test_the_sequence_may_change_after_launch(runner: ModelRunner):
     made = sequence(0, PROMPT, temperature=0.0, presence_penalty=1.0)
-    expected = runner.launch(Step((Row(made, 20),))).wait()
-    pending = runner.launch(Step((Row(made, 20),)))
+    expected = runner.launch(Step((Row.of(made, 20),))).wait()
+    pending = runner.launch(Step((Row.of(made, 20),)))
     made.token_ids.clear()
     made.block_tables.clear()
     assert pending.wait() == expected
 
 
 def test_one_step_at_a_time(runner: ModelRunner):
-    step = Step((Row(sequence(0, PROMPT), 20),))
+    step = Step((Row.of(sequence(0, PROMPT), 20),))
     pending = runner.launch(step)
-    with pytest.raises(Internal, match="while another"):
+    with pytest.raises(Internal, match="while 1 were"):
         runner.launch(step)
     pending.wait()
     with pytest.raises(Internal, match="twice"):
         pending.wait()
     with pytest.raises(Internal, match="vocabulary"):
-        runner.launch(Step((Row(sequence(0, [320]), 1),)))
+        runner.launch(Step((Row.of(sequence(0, [320]), 1),)))
     runner.launch(step).wait()
 
 
@@ -171,7 +175,7 @@ def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
 
     backend = Failing()
     runner = load_runner(model_path, backend, ENGINE)
-    made = Step((Row(sequence(0, PROMPT), 20),))
+    made = Step((Row.of(sequence(0, PROMPT), 20),))
     with pytest.raises(expected) as info:
         runner.launch(made).wait()
     assert "/home" not in str(info.value)
@@ -180,10 +184,14 @@ def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
 
 
 class Drawing:
-    """A forward pass on a device that draws: computed at `launch`, told when waited for."""
+    """A forward pass on a device that draws: computed at `launch`, told when waited for.
 
-    def __init__(self, compiled: CompiledForward, vocab_size: int) -> None:
-        self._compiled, self._sampler = compiled, Sampler(vocab_size)
+    It keeps what it drew, for steps that are launched before anybody was told.
+    """
+
+    def __init__(self, compiled: CompiledForward, inputs: BatchInputs, vocab_size: int) -> None:
+        self._compiled, self._inputs, self._sampler = compiled, inputs, Sampler(vocab_size)
+        self._drawn = torch.zeros(0, dtype=torch.int32)
         self.fails_at = ""
         self.waited = 0
 
@@ -193,8 +201,12 @@ class Drawing:
     def launch(self, counts: Counts, draws: SequenceABC[Draw | None]) -> Callable[[], list[RowResult]]:
         if self.fails_at == "launch":
             raise RuntimeError("0x7f00 /home/me")
+        ids = self._inputs.token_ids[: counts.num_tokens]
+        ids[ids < 0] = self._drawn[-1 - ids[ids < 0]]
         logits = iter(self._compiled(counts).numpy())
         found = [None if draw is None else self._sampler.sample(next(logits), draw) for draw in draws]
+        drawn = [getattr(one, "token_id", 0) for one in found if one is not None]
+        self._drawn = torch.tensor(drawn, dtype=torch.int32)
 
         def results() -> list[RowResult]:
             self.waited += 1
@@ -211,7 +223,7 @@ def drawing(model_path: Path) -> tuple[ModelRunner, Drawing]:
 
     class DrawingBackend(ReferenceBackend):
         def compile(self, forward: Forward, inputs: Any, limits: Any) -> CompiledForward:
-            made.append(Drawing(super().compile(forward, inputs, limits), 320))
+            made.append(Drawing(super().compile(forward, inputs, limits), inputs, 320))
             return made[-1]
 
     return load_runner(model_path, DrawingBackend(), ENGINE), made[0]
@@ -219,16 +231,53 @@ def drawing(model_path: Path) -> tuple[ModelRunner, Drawing]:
 
 def test_a_device_that_draws_is_left_to_it(drawing: tuple[ModelRunner, Drawing], runner: ModelRunner):
     drawer, device = drawing
-    step = Step((Row(sequence(0, PROMPT), 20), Row(sequence(1, PROMPT[::-1]), 7)))
-    pending = drawer.launch(step)
+    step = Step((Row.of(sequence(0, PROMPT), 20), Row.of(sequence(1, PROMPT[::-1]), 7)))
+    pending, behind = drawer.launch(step), drawer.launch(step)
     assert device.waited == 0
-    with pytest.raises(Internal, match="while another"):
+    with pytest.raises(Internal, match="before the one"):
+        behind.wait()
+    with pytest.raises(Internal, match="while 2 were"):
         drawer.launch(step)
     assert pending.wait() == runner.launch(step).wait()
     assert device.waited == 1
+    with pytest.raises(Internal, match="while 1 were"):
+        drawer.logits(step)
     with pytest.raises(Internal, match="twice"):
         pending.wait()
+    assert behind.wait() == runner.launch(step).wait()
     assert np.array_equal(score(drawer, PROMPT), score(runner, PROMPT))
+
+
+def test_two_steps_under_way_give_the_tokens_of_one(
+    drawing: tuple[ModelRunner, Drawing], runner: ModelRunner
+):
+    """Whatever depends on the tokens before, and sequences that end before anybody knew."""
+    random = np.random.default_rng(5)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.5, "logprobs": 3},
+        {"temperature": 1.5, "top_k": 20, "min_p": 0.01},
+        {"temperature": 1.5, "presence_penalty": 0.7},
+        {"logit_bias": ((320, 1.0),)},  # fails
+    ]
+    submits = [
+        replace(
+            submit(
+                number, random.integers(0, 320, int(random.integers(1, 14))).tolist(), 40, seed=number, **kind
+            ),
+            stop_token_ids=frozenset(range(0, 320, 29)),
+            min_tokens=number % 4,
+        )
+        for number, kind in enumerate(kinds * 6)
+    ]
+    found = []
+    for one in (runner, drawing[0]):
+        drive = Drive(one, ENGINE, [CacheGroup(BlockPool(10))])
+        found.append({number: result.tokens for number, result in drive.run(submits, failing=True).items()})
+        assert drive.num_preempted > 0
+        assert any(stats.ahead for stats in drive.steps) == (one is not runner)
+    assert found[0] == found[1]
+    assert len({len(tokens) for tokens in found[0].values()}) > 5
 
 
 @pytest.mark.parametrize(("fails_at", "expected"), [("launch", Internal), ("wait", DeviceError)])
@@ -236,7 +285,7 @@ def test_a_step_that_failed_on_the_device_is_over(
     fails_at: str, expected: type[WorkerError], drawing: tuple[ModelRunner, Drawing]
 ):
     drawer, device = drawing
-    step = Step((Row(sequence(0, PROMPT), 20),))
+    step = Step((Row.of(sequence(0, PROMPT), 20),))
     device.fails_at = fails_at
     with pytest.raises(expected) as info:
         drawer.launch(step).wait()

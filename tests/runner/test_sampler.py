@@ -15,6 +15,7 @@ from worker_orcd.errors import Internal, InvalidParameter
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.runner.philox import uniform
 from worker_orcd.runner.sampler import Sampler, falling, invert
+from worker_orcd.sequence import Row as SequenceRow
 from worker_orcd.sequence import RowFailure, SampledToken, SamplingParams, Sequence
 
 VOCAB = 1000
@@ -33,6 +34,10 @@ def draw_of(token_ids: list[int] | None = None, prompt: int = 1, position: int =
         token_ids=None if token_ids is None else np.array(token_ids),
         num_prompt_tokens=prompt,
     )
+
+
+def draw_of_next(sequence: Sequence) -> Draw:
+    return Draw.of(SequenceRow.of(sequence, sequence.num_uncomputed_tokens))
 
 
 def sampled(row: Row, draw: Draw) -> SampledToken:
@@ -139,9 +144,9 @@ def test_stop_tokens_are_excluded_before_min_tokens():
         sampling=SamplingParams(temperature=0.0),
         min_tokens=1,
     )
-    assert sampled(row, Draw.of(sequence)).token_id != best
+    assert sampled(row, draw_of_next(sequence)).token_id != best
     sequence.token_ids.append(3)
-    assert sampled(row, Draw.of(sequence)).token_id == best
+    assert sampled(row, draw_of_next(sequence)).token_id == best
 
 
 def test_a_draw_is_a_copy_of_what_it_needs():
@@ -152,11 +157,31 @@ def test_a_draw_is_a_copy_of_what_it_needs():
         stop_token_ids=frozenset(),
         sampling=SamplingParams(presence_penalty=1.0),
     )
-    draw = Draw.of(sequence)
+    draw = draw_of_next(sequence)
     sequence.token_ids.append(5)
     assert draw.position == 2
     assert draw.token_ids is not None
     assert draw.token_ids.tolist() == [1, 2]
+
+
+def test_a_draw_may_be_made_before_the_token_in_front_of_it():
+    """What depends on how many tokens there are is known; what depends on which they are is refused."""
+    sequence = Sequence(
+        id=1,
+        token_ids=[1, 2],
+        max_tokens=9,
+        stop_token_ids=frozenset({7}),
+        sampling=SamplingParams(),
+        min_tokens=2,
+    )
+    ahead = [SequenceRow(sequence, 1, 2 + n, samples=True, previous_draw=0) for n in range(2)]
+    sequence.token_ids.append(5)
+    assert Draw.of(ahead[0]) == draw_of_next(sequence)
+    assert [draw.position for draw in map(Draw.of, ahead)] == [3, 4]
+    assert [draw.excluded for draw in map(Draw.of, ahead)] == [{7}, frozenset()]
+    sequence.sampling = SamplingParams(frequency_penalty=0.1)
+    with pytest.raises(Internal, match="before its last token was known"):
+        Draw.of(ahead[0])
 
 
 # -- what is kept ------------------------------------------------------------

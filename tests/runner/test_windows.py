@@ -53,6 +53,7 @@ class Watched:
     runner: ModelRunner
     backend: Backend
     spoils: bool = False
+    max_steps: int = 1
     sequences: dict[int, Sequence] = field(default_factory=dict)
     logits: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (sequence, position)
 

@@ -43,8 +43,9 @@ class Prefix:
 class BlockTables:
     """Owns the cache groups; on the engine's thread.
 
-    Invariant: of the blocks that a table holds, those visible to the sequence's next token are not null, and
-    a pool counts one reference for each table that a block is in.
+    "Next" is the first token that is in no step yet, made or under way. Invariant: of the blocks that a table
+    holds, those visible to the first token that is not computed yet are not null, and a pool counts one
+    reference for each table that a block is in.
     """
 
     def __init__(self, groups: SequenceABC[CacheGroup], block_size: int) -> None:
@@ -110,7 +111,7 @@ class BlockTables:
             group.pool.take(found)
             fresh = group.pool.allocate(self._missing(index, prefix, len(sequence.token_ids)))
             sequence.block_tables.append([NULL_BLOCK] * (prefix.num_blocks - len(found)) + found + fresh)
-        sequence.num_computed_tokens = prefix.num_blocks * self._block_size
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = prefix.num_blocks * self._block_size
 
     def _missing(self, index: int, prefix: Prefix, num_tokens: int) -> int:
         """Blocks to allocate at admission: for all tokens, but no more than one token can ask for."""
@@ -127,11 +128,11 @@ class BlockTables:
             len(table) + group.pool.num_free
             for group, table in zip(self.groups, sequence.block_tables, strict=True)
         )
-        return num_blocks * self._block_size - sequence.num_computed_tokens
+        return num_blocks * self._block_size - sequence.num_scheduled_tokens
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Hold blocks for the next `num_tokens` tokens. False, and nothing done, where a pool has too few."""
-        num_blocks = self._num_blocks(sequence.num_computed_tokens + num_tokens)
+        num_blocks = self._num_blocks(sequence.num_scheduled_tokens + num_tokens)
         lacking = [
             (self.groups[index].pool, table)
             for index, table in enumerate(sequence.block_tables)
@@ -141,6 +142,19 @@ class BlockTables:
             return False
         for pool, table in lacking:
             table += pool.allocate(num_blocks - len(table))
+        return True
+
+    def extend_all(self, sequences: SequenceABC[Sequence]) -> bool:
+        """Hold a block for the next token of each. False, and nothing done, where not all can have one."""
+        ends = [self._num_blocks(s.num_scheduled_tokens + 1) for s in sequences]
+        for index, group in enumerate(self.groups):
+            missing = sum(
+                max(0, end - len(s.block_tables[index])) for s, end in zip(sequences, ends, strict=True)
+            )
+            if missing > group.pool.num_free:
+                return False
+        for s in sequences:
+            self.extend(s, 1)
         return True
 
     def publish(self, sequence: Sequence, first: int, end: int) -> None:

@@ -1,11 +1,17 @@
 """
 The thread that turns commands into outputs, one step at a time.
 
-A turn: schedule a step and launch it; while the device computes, take in new commands and publish the outputs
-of the step before; then wait and update. With nothing to compute the thread sleeps on its inbox.
+A turn: schedule steps and launch them, until as many are under way as the runner takes; while the device
+computes, take in new commands and publish the outputs of the step before; then wait for the oldest step and
+update. With nothing to compute the thread sleeps on its inbox.
 
-Faults. A step that fails ends its own sequences with ERROR and the engine goes on. A lost device, three
-failing steps in a row (those that ran out of memory do not count), or a fault in the engine itself end
+Ahead. Where the runner takes two steps, the second is launched while the first computes, so that the device
+does not wait for the host; see `scheduler` for what is known then. Then the outputs of a step are published
+when it is over. What a sequence gets is the same either way, but a command may take effect a step later.
+
+Faults. A step that fails ends its own sequences with ERROR and the engine goes on. A step that was launched
+behind it is waited for and dropped: those of its sequences that are left compute it again. A lost device,
+three failing steps in a row (those that ran out of memory do not count), or a fault in the engine itself end
 everything: every sequence gets ERROR, `on_failure` is told once, and later submits are answered with the same
 error. Callers see a reference number; the traceback is narrated.
 """
@@ -16,7 +22,10 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 from worker_orcd.engine.messages import (
     Cancel,
@@ -30,7 +39,7 @@ from worker_orcd.engine.messages import (
 from worker_orcd.engine.scheduler import Scheduler
 from worker_orcd.errors import DeviceError, Draining, EngineError, Internal, OutOfMemory
 from worker_orcd.narration import Narration
-from worker_orcd.sequence import FinishReason, RowResult, Runner, Step
+from worker_orcd.sequence import FinishReason, PendingStep, RowResult, Runner, Step
 
 _MAX_FAILING_STEPS = 3
 
@@ -39,6 +48,24 @@ Publish = Callable[[list[Output]], None]
 
 def ignore_failure(_error: EngineError) -> None:
     """The outputs say it too; only a worker that should exit needs to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that is under way, or what came of launching it: that is told after the steps before it."""
+
+    step: Step
+    begun: float  # time.monotonic() seconds
+    pending: PendingStep | Exception
+
+    def wait(self) -> Sequence[RowResult]:
+        """One result a row."""
+        if isinstance(self.pending, Exception):
+            raise self.pending
+        results = self.pending.wait()
+        if len(results) != len(self.step.rows):
+            raise Internal(f"the runner gave {len(results)} results for {len(self.step.rows)} rows")
+        return results
 
 
 class Engine:
@@ -71,6 +98,8 @@ class Engine:
         self._closed = False
         self._stopping = False
         self._outputs: list[Output] = []  # not yet published
+        self._launched: deque[_Launched] = deque()  # the oldest first
+        self._last_end = 0.0  # of a step, in time.monotonic() seconds
         self._num_failing_steps = 0  # in a row
         self._failure: EngineError | None = None
         self.snapshot: EngineSnapshot = scheduler.snapshot()
@@ -93,7 +122,7 @@ class Engine:
                 raise Draining("the worker is shutting down")
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Finish the step in flight, cancel what is left (CANCELLED outputs) and end the thread.
+        """Finish the steps in flight, cancel what is left (CANCELLED outputs) and end the thread.
 
         Drains nothing: whoever wants running jobs to finish waits for them first. False if the thread has not
         ended after `timeout` seconds: the device hangs.
@@ -109,9 +138,11 @@ class Engine:
     # -- the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopping or self._launched:
             try:
-                if self._scheduler.is_idle or self._failure is not None:
+                if self._stopping:
+                    self._end_oldest()
+                elif self._failure is not None or (self._scheduler.is_idle and not self._launched):
                     self._look()
                     self._flush()
                     self._receive(wait=True)
@@ -125,37 +156,51 @@ class Engine:
         self._flush()
 
     def _turn(self) -> None:
-        started = time.monotonic()
-        self._outputs += self._scheduler.expire(started)
-        step = self._scheduler.schedule(started)
-        if step is None:
+        while self._takes_more() and self._launch_next():
+            pass
+        if not self._launched:
             self._flush()
             return
-        results = self._compute(step)
-        if results is not None:
-            self._num_failing_steps = 0
-            self._outputs += self._scheduler.update(step, results)
-        self._look()
-        self._observe(time.monotonic() - started)
-
-    def _compute(self, step: Step) -> Sequence[RowResult] | None:
-        """One result a row, or None if the step failed, and then its sequences have been told."""
-        try:
-            pending = self._runner.launch(step)
-        except Exception as error:
-            self._fail(step, self._explain(error))
-            return None
         self._receive(wait=False)
         self._look()  # a step may take long: blocks given back before it must not be missed until it is over
         self._flush()
+        self._end_oldest()
+
+    def _takes_more(self) -> bool:
+        """Nothing is launched behind a step that could not be."""
+        is_broken = any(isinstance(launched.pending, Exception) for launched in self._launched)
+        return len(self._launched) < self._runner.max_steps and not is_broken
+
+    def _launch_next(self) -> bool:
+        """Whether there was a step to launch."""
+        now = time.monotonic()
+        self._outputs += self._scheduler.expire(now)
+        step = self._scheduler.schedule(now)
+        if step is None:
+            return False
         try:
-            results = pending.wait()
-            if len(results) != len(step.rows):
-                raise Internal(f"the runner gave {len(results)} results for {len(step.rows)} rows")
+            pending = self._runner.launch(step)
+        except Exception as error:  # raised again, and explained, when it is this step's turn
+            pending = error
+        self._launched.append(_Launched(step, now, pending))
+        return True
+
+    def _end_oldest(self) -> None:
+        launched = self._launched.popleft()
+        try:
+            results = launched.wait()
         except Exception as error:
-            self._fail(step, self._explain(error))
-            return None
-        return results
+            self._fail(launched.step, self._explain(error))
+            self._drop_launched()
+        else:
+            self._num_failing_steps = 0
+            self._outputs += self._scheduler.update(launched.step, results)
+        self._look()
+        now = time.monotonic()
+        self._observe(now - max(launched.begun, self._last_end))
+        self._last_end = now
+        if self._launched:  # else the device waits for the next step, which goes first
+            self._flush()
 
     def _receive(self, *, wait: bool) -> None:
         """Take in all commands there are; with `wait`, at least one."""
@@ -236,3 +281,26 @@ class Engine:
         self._flush()
         self._narration.tell("error", f"The engine has stopped for good: {error.message}.", code=error.code)
         self._on_failure(error)
+        self._abandon()
+        self._look()
+
+    def _drop_launched(self) -> None:
+        """What was launched behind a step that failed, however that went."""
+        while self._launched:
+            behind = self._launched.popleft()
+            try:
+                behind.wait()
+            except Exception as error:
+                explained = self._explain(error)
+                if isinstance(explained, DeviceError):
+                    self._collapse(explained)
+            self._scheduler.drop(behind.step)
+
+    def _abandon(self) -> None:
+        """Wait for what the device still computes; all sequences have ended."""
+        while self._launched:
+            behind = self._launched.popleft()
+            with suppress(Exception):  # the fault that ended the engine has been told
+                behind.wait()
+            with suppress(Exception):
+                self._scheduler.drop(behind.step)

@@ -63,7 +63,7 @@ class GroupBlocks:
 class StepStats:
     """What one step did, for metrics. Counters are of this step, gauges are as it ended."""
 
-    seconds: float
+    seconds: float  # since it was begun, or since the step before it was over if that was later
     num_rows: int
     num_tokens: int
     num_prompt_tokens: int  # of num_tokens, those before a sequence's first output
@@ -74,6 +74,7 @@ class StepStats:
     num_running: int
     num_waiting: int
     kv_groups: tuple[GroupBlocks, ...]
+    ahead: bool = False  # launched while the step before was under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

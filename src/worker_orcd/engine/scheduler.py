@@ -28,14 +28,24 @@ becomes the best, and by induction all do. Between priorities the order is stric
 long as a better one keeps the worker full.
 
 In flight. Between `schedule` and `update` (or `fail`) the device may write to the blocks of the step's rows.
-A sequence that ends in between is reported at once, and its blocks are freed when the step is over. Blocks
-are published to the prefix cache only by `update`, so nobody can hit a block that is not computed yet.
+A sequence that ends in between is reported at once, and its blocks are freed when the last step under way
+that has it is over. Blocks are published to the prefix cache only by `update`, so nobody can hit a block that
+is not computed yet.
+
+Ahead. A second step may be scheduled while one is under way, and is updated after it. It goes on where the
+first will end: a sequence that the first draws a token for has a row of that token, whose id nobody knows
+yet. The number of tokens is known, so nobody gets a row beyond `max_tokens`; whoever turns out to have ended
+in the first step has a row in the second for nothing, and its result is ignored. Where more must be known, or
+somebody would have to be preempted, `schedule` gives None, and a step when the first is over: penalties ask
+for the tokens before the next; a running sequence lacks a block for its next token; one that waits may
+preempt. So everybody who runs has the blocks that it needs, the ranks decide as above, and nothing starves.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence as SequenceABC
 
 from worker_orcd.config import EngineConfig
@@ -45,6 +55,7 @@ from worker_orcd.engine.messages import EngineSnapshot, Output, StepStats, Submi
 from worker_orcd.errors import ContextLengthExceeded, Internal, InvalidParameter
 from worker_orcd.sequence import FinishReason, Row, RowFailure, RowResult, SampledToken, Sequence, Step
 
+MAX_STEPS = 2  # under way
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -56,8 +67,8 @@ class Scheduler:
     """Owns every live sequence and the block tables; on the engine's thread.
 
     Invariants: `waiting` and `running` are sorted by rank; a running sequence holds blocks for every computed
-    token that later ones see, a waiting one holds none; each sequence gets exactly one output with a finish
-    reason, its last.
+    token that later ones see, a waiting one holds none and is in no step under way; each sequence gets
+    exactly one output with a finish reason, its last.
     """
 
     def __init__(self, config: EngineConfig, groups: SequenceABC[CacheGroup]) -> None:
@@ -71,9 +82,8 @@ class Scheduler:
             tuple[float, int, int]
         ] = []  # a heap of (deadline, arrival, id); some have ended
         self._num_arrivals = 0
-        self._in_flight: Step | None = None
-        self._ended_in_flight: list[Sequence] = []
-        self._plan = _Plan(0)  # of the step being made, or made last
+        self._in_flight: deque[tuple[Step, _Plan]] = deque()  # the oldest first
+        self._updated = _Plan(0)  # of the step that was updated, or failed, last
         capacity = self._tables.max_len
         self.max_len = min(config.max_model_len or capacity, capacity)
 
@@ -140,41 +150,58 @@ class Scheduler:
     # -- steps ---------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Step | None:
-        """The next step, or None if there is nothing to compute. The last step must be over."""
-        assert self._in_flight is None, "one step at a time: the last one is not over"
-        plan = self._plan = _Plan(self._config.max_num_batched_tokens)
+        """The next step. None if there is nothing to compute, or not before the step under way is over.
+
+        At most `MAX_STEPS` may be under way.
+        """
+        assert len(self._in_flight) < MAX_STEPS, "too many steps under way: the first is not over"
+        plan = _Plan(self._config.max_num_batched_tokens, ahead=bool(self._in_flight))
+        if plan.ahead and not self._may_go_ahead():
+            return None
         self._plan_decodes(plan)
         self._plan_prompts(plan)
         self._admit_waiting(plan, now)
         self._spend_rest(plan)
         if not plan.rows:
             return None
-        self._in_flight = Step(tuple([Row(sequence, n) for sequence, n in plan.rows.items()]))
-        return self._in_flight
+        step = _start(plan)
+        self._in_flight.append((step, plan))
+        return step
 
     def update(self, step: Step, results: SequenceABC[RowResult]) -> list[Output]:
-        """Take in a computed step, one result a row: advance its sequences and end those that are done."""
-        self._end_step(step)
+        """Take in the oldest step under way, computed, one result a row: advance its sequences and end those
+        that are done.
+        """
+        plan = self._updated = self._end_step(step)
         outputs: list[Output] = []
         for row, result in zip(step.rows, results, strict=True):
-            if row.sequence.finish_reason is None and (output := self._advance(row, result)) is not None:
-                outputs.append(output)
+            if row.sequence.finish_reason is None:
+                outputs += self._advance(row, result, plan)
         return outputs
 
     def fail(self, step: Step, code: str, error: str) -> list[Output]:
-        """The step went wrong as a whole: its sequences end, and nothing that it computed is published."""
-        self._end_step(step)
+        """The oldest step under way went wrong as a whole: its sequences end, and nothing that it computed is
+        published. A step behind it must fail too, or be dropped.
+        """
+        self._updated = self._end_step(step)
         return [
             self._finish(row.sequence, FinishReason.ERROR, code=code, error=error)
             for row in step.rows
             if row.sequence.finish_reason is None
         ]
 
+    def drop(self, step: Step) -> None:
+        """The step was launched behind one that failed: its sequences that go on compute it again."""
+        self._end_step(step)
+        for row in step.rows:
+            row.sequence.num_scheduled_tokens = row.sequence.num_computed_tokens
+
     def stats(self, seconds: float) -> StepStats:
-        """Of the step that was updated last, which took that long."""
-        plan = self._plan
+        """Of the step that was updated, or failed, last; it took that long."""
+        plan = self._updated
         return StepStats(
             seconds=seconds,
+            ahead=plan.ahead,
             num_rows=len(plan.rows),
             num_tokens=sum(plan.rows.values()),
             num_prompt_tokens=plan.num_prompt_tokens,
@@ -197,15 +224,25 @@ class Scheduler:
 
     # -- planning ------------------------------------------------------------------------------------------
 
+    def _may_go_ahead(self) -> bool:
+        """Whether a step can be planned behind the one under way; then nobody is preempted for it."""
+        growing = [s for s in self.running if s.num_unscheduled_tokens > 0]
+        if any(s.num_draws_under_way and s.sampling.penalises for s in growing):
+            return False
+        has_seat = 0 < len(self.running) < self._config.max_num_seqs
+        if has_seat and self.waiting and self.waiting[0].priority < self.running[-1].priority:
+            return False
+        return self._tables.extend_all(growing)
+
     def _plan_decodes(self, plan: _Plan) -> None:
-        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
+        for sequence in [s for s in self.running if s.num_unscheduled_tokens == 1]:
             if plan.budget == 0:
                 break
             if self._grow(sequence, plan):
                 plan.add(sequence, 1)
 
     def _plan_prompts(self, plan: _Plan) -> None:
-        prompts = [s for s in self.running if s not in plan.rows and s.num_uncomputed_tokens > 1]
+        prompts = [s for s in self.running if s not in plan.rows and s.num_unscheduled_tokens > 1]
         others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
         for i, sequence in enumerate(prompts):
             if plan.budget == 0:
@@ -232,7 +269,7 @@ class Scheduler:
 
     def _add_chunk(self, sequence: Sequence, plan: _Plan, *, others_behind: bool) -> None:
         """Its share of the budget, or as much of that as there are blocks for; it holds one for a token."""
-        share = plan.share(sequence.num_uncomputed_tokens, others_behind=others_behind)
+        share = plan.share(sequence.num_unscheduled_tokens, others_behind=others_behind)
         num_tokens = min(share, self._tables.reach(sequence))
         self._tables.extend(sequence, num_tokens)
         plan.add(sequence, num_tokens)
@@ -241,7 +278,7 @@ class Scheduler:
         for sequence, num_tokens in plan.rows.items():
             if plan.budget == 0:
                 break
-            wanted = min(sequence.num_uncomputed_tokens, num_tokens + plan.budget)
+            wanted = min(sequence.num_unscheduled_tokens, num_tokens + plan.budget)
             if wanted > num_tokens:
                 wanted = min(wanted, self._tables.reach(sequence))
                 self._tables.extend(sequence, wanted)
@@ -277,47 +314,51 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
+        assert not plan.ahead, "a sequence is preempted while a step is under way"
         self.running.remove(sequence)
         plan.remove(sequence)
         self._tables.release(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = 0
         sequence.num_preemptions += 1
         insort(self.waiting, sequence, key=_rank)
 
     # -- results -------------------------------------------------------------------------------------------
 
-    def _end_step(self, step: Step) -> None:
-        assert step is self._in_flight, "not the step in flight"
-        self._in_flight = None
-        for sequence in self._ended_in_flight:
-            self._tables.release(sequence)
-        self._ended_in_flight.clear()
+    def _end_step(self, step: Step) -> _Plan:
+        oldest, plan = self._in_flight.popleft()
+        assert step is oldest, "not the oldest step under way"
+        for row in step.rows:
+            sequence = row.sequence
+            sequence.num_steps_under_way -= 1
+            sequence.num_draws_under_way -= row.samples
+            if sequence.finish_reason is not None and sequence.num_steps_under_way == 0:
+                self._tables.release(sequence)
+        return plan
 
-    def _advance(self, row: Row, result: RowResult) -> Output | None:
+    def _advance(self, row: Row, result: RowResult, plan: _Plan) -> list[Output]:
         sequence = row.sequence
         if isinstance(result, RowFailure):
-            return self._finish(sequence, FinishReason.ERROR, code=result.code, error=result.message)
+            return [self._finish(sequence, FinishReason.ERROR, code=result.code, error=result.message)]
         if row.samples != (result is not None):
-            return self._finish(
-                sequence, FinishReason.ERROR, code=Internal.code, error="the runner lost track of a sequence"
-            )
+            error = "the runner lost track of a sequence"
+            return [self._finish(sequence, FinishReason.ERROR, code=Internal.code, error=error)]
         if sequence.num_output_tokens == 0:
-            self._plan.num_prompt_tokens += row.num_tokens
-        self._publish_blocks(sequence, sequence.num_computed_tokens + row.num_tokens)
-        sequence.num_computed_tokens += row.num_tokens
+            plan.num_prompt_tokens += row.num_tokens
+        self._publish_blocks(sequence, row.end)
+        sequence.num_computed_tokens = row.end
         self._tables.release_behind(sequence)
         if result is None:
-            return None
-        self._plan.num_sampled += 1
+            return []
+        plan.num_sampled += 1
         may_stop = sequence.may_stop
         sequence.token_ids.append(result.token_id)
         if may_stop and result.token_id in sequence.stop_token_ids:
-            return self._finish(sequence, FinishReason.STOP, (result,))
+            return [self._finish(sequence, FinishReason.STOP, (result,))]
         if sequence.num_output_tokens >= sequence.max_tokens:
-            return self._finish(sequence, FinishReason.LENGTH, (result,))
-        return Output(
-            sequence.id, (result,), sequence.num_cached_tokens, None, None, None, sequence.queue_seconds
-        )
+            return [self._finish(sequence, FinishReason.LENGTH, (result,))]
+        return [
+            Output(sequence.id, (result,), sequence.num_cached_tokens, queue_seconds=sequence.queue_seconds)
+        ]
 
     def _finish(
         self,
@@ -333,9 +374,7 @@ class Scheduler:
         sequence.finish_reason = reason
         del self._sequences[sequence.id]
         (self.running if sequence.block_tables else self.waiting).remove(sequence)
-        if self._in_flight is not None and any(row.sequence is sequence for row in self._in_flight.rows):
-            self._ended_in_flight.append(sequence)
-        else:
+        if sequence.num_steps_under_way == 0:  # else the last of them releases the blocks
             self._tables.release(sequence)
         return Output(
             sequence.id,
@@ -390,8 +429,9 @@ class Scheduler:
 class _Plan:
     """The step being made: who computes how much, what is left of the budget, what to tell the observer."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, *, ahead: bool = False) -> None:
         self.budget = budget
+        self.ahead = ahead  # behind a step that is under way
         self.rows: dict[Sequence, int] = {}  # in the order of the step
         self.num_preempted = 0
         self.prefix_query_tokens = 0
@@ -415,3 +455,20 @@ class _Plan:
     def remove(self, sequence: Sequence) -> None:
         self.num_preempted += 1
         self.budget += self.rows.pop(sequence, 0)
+
+
+def _start(plan: _Plan) -> Step:
+    """The step that was planned; its sequences are told that it is under way."""
+    rows: list[Row] = []
+    num_draws = 0
+    for sequence, num_tokens in plan.rows.items():
+        previous = sequence.draw_index if sequence.num_draws_under_way else None
+        samples = num_tokens == sequence.num_unscheduled_tokens
+        rows.append(Row(sequence, num_tokens, sequence.num_scheduled_tokens, samples, previous))
+        sequence.num_scheduled_tokens += num_tokens
+        sequence.num_steps_under_way += 1
+        if samples:
+            sequence.num_draws_under_way += 1
+            sequence.draw_index = num_draws
+            num_draws += 1
+    return Step(tuple(rows))

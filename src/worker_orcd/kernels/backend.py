@@ -85,7 +85,7 @@ class BatchInputs:
     A backend's `allocate_inputs` makes them; `runner.batch` fills them; the forward function receives them.
     """
 
-    token_ids: Tensor  # (max_tokens,) int32
+    token_ids: Tensor  # (max_tokens,) int32; negative ones: see `DrawingForward`
     positions: Tensor  # (max_tokens,) int32, absolute
     slots: Tensor  # (num_groups, max_tokens) int32: block_id * block_size + offset, where K and V go
     query_start: Tensor  # (max_rows + 1,) int32: row r owns tokens query_start[r] … query_start[r + 1] - 1
@@ -150,8 +150,11 @@ class DrawingForward(CompiledForward, Protocol):
 
         `draws` has an entry a row, None where it does not sample. It is iterated over once the device
         computes, so that making them takes none of its time. What is returned waits and gives the results,
-        an entry a row, once; until then nothing else may be launched. Both raise EngineError, and then the
-        device does no more for the step.
+        an entry a row, once. Both raise EngineError, and then the device does no more for the step.
+
+        Two steps may be under way, waited for in order. The input buffers may be filled for the second once
+        `launch` has returned. Its `token_ids` may be negative: -1 - i is the token that draw i of the first,
+        None not counted, will have given.
         """
         ...
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.errors import Internal, InvalidParameter
-from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, SamplingParams, Sequence
+from worker_orcd.sequence import MAX_LOGPROBS, Row, RowFailure, SamplingParams
 
 TokenIds = NDArray[np.int64]
 
@@ -24,18 +24,16 @@ class Draw:
     num_prompt_tokens: int
 
     @classmethod
-    def of(cls, sequence: Sequence) -> Draw:
-        params = sequence.sampling
-        penalised = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
+    def of(cls, row: Row) -> Draw:
+        """Of a row that samples. Raises Internal where a penalty asks for a token that is not known yet."""
+        sequence, params = row.sequence, row.sequence.sampling
+        if params.penalises and row.previous_draw is not None:
+            raise Internal("a row with penalties was launched before its last token was known")
         return cls(
             params=params,
-            position=len(sequence.token_ids),
-            excluded=frozenset() if sequence.may_stop else sequence.stop_token_ids,
-            token_ids=np.array(sequence.token_ids, dtype=np.int64) if penalised else None,
+            position=row.end,
+            excluded=frozenset() if sequence.may_stop_at(row.end) else sequence.stop_token_ids,
+            token_ids=np.array(sequence.token_ids, dtype=np.int64) if params.penalises else None,
             num_prompt_tokens=sequence.num_prompt_tokens,
         )
 

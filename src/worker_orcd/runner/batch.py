@@ -1,6 +1,8 @@
 """
 Writes a step into a backend's input buffers; refuses what would make a kernel read or write out of bounds.
 
+A token that the step before draws, and nobody knows yet, is written as -(1 + its place among the draws).
+
 All of it is numpy on whole arrays: a step of 64 decodes costs a fraction of a millisecond.
 """
 
@@ -41,6 +43,7 @@ class Batch:
         self._context_lens: NDArray[np.int32] = inputs.context_lens.numpy()
         self._block_tables: NDArray[np.int32] = inputs.block_tables.numpy()
         self._logit_tokens: NDArray[np.int32] = inputs.logit_tokens.numpy()
+        self._num_draws = 0  # of the step before
 
     def fill(self, step: Step, *, every_logit: bool = False) -> Counts:
         """Logits are wanted of the last token of each row that samples; of every token if `every_logit`.
@@ -51,7 +54,7 @@ class Batch:
         if not 0 < num_rows <= self._limits.max_rows:
             raise Internal(f"a step of {num_rows} rows; 1 to {self._limits.max_rows} are allowed")
         lengths = np.array([row.num_tokens for row in step.rows], dtype=np.int64)  # (num_rows,)
-        computed = np.array([row.sequence.num_computed_tokens for row in step.rows], dtype=np.int64)
+        computed = np.array([row.start for row in step.rows], dtype=np.int64)
         if lengths.min() < 1 or computed.min() < 0:
             raise Internal("a row of no tokens, or of a sequence with fewer than none computed")
         if any(len(row.sequence.block_tables) != len(self._groups) for row in step.rows):
@@ -69,13 +72,19 @@ class Batch:
         for group in range(len(self._groups)):
             self._fill_blocks(step, group, computed, computed + lengths)
             self._fill_slots(group, rows, positions)
-        return Counts(num_tokens, num_rows, self._fill_logit_tokens(step, ends, every_logit))
+        num_logits = self._fill_logit_tokens(step, ends, every_logit)
+        self._num_draws = 0 if every_logit else num_logits
+        return Counts(num_tokens, num_rows, num_logits)
 
     def _fill_tokens(self, step: Step, num_tokens: int) -> None:
         token_ids = np.fromiter(chain.from_iterable(map(_new_tokens, step.rows)), dtype=np.int64)
         if len(token_ids) != num_tokens:
             raise Internal("a row reaches beyond the tokens of its sequence")
-        if token_ids.min() < 0 or token_ids.max() >= self._vocab_size:
+        unknown = [-1 - row.previous_draw for row in step.rows if row.previous_draw is not None]
+        if unknown and not -self._num_draws <= min(unknown) <= max(unknown) < 0:
+            raise Internal(f"a row takes its token from none of the {self._num_draws} draws before it")
+        # Of known ones none is negative: those that are must be the unknown ones, and no more.
+        if np.count_nonzero(token_ids < 0) != len(unknown) or token_ids.max() >= self._vocab_size:
             raise Internal(f"a token id outside the vocabulary of {self._vocab_size}")
         self._token_ids[:num_tokens] = token_ids
 
@@ -121,8 +130,9 @@ class Batch:
 
 
 def _new_tokens(row: Row) -> list[int]:
-    first = row.sequence.num_computed_tokens
-    return row.sequence.token_ids[first : first + row.num_tokens]
+    if row.previous_draw is not None:
+        return [-1 - row.previous_draw]
+    return row.sequence.token_ids[row.start : row.end]
 
 
 def _places_in_runs(counts: Ints) -> tuple[Ints, Ints]:

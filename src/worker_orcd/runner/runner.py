@@ -1,15 +1,18 @@
 """
 Runs steps: fills the inputs, computes the logits, draws the tokens. Owns the KV cache's tensors.
 
-Used by one thread. One step is under way at a time, from `launch` to the end of its `wait`. A device without
-a queue of its own computes in `wait`, so that the engine publishes the tokens of the step before first.
+Used by one thread. A step is under way from `launch` to the end of its `wait`. A device that draws may have
+two: the second waits for the first in the device's queue, and takes from there the tokens that the first
+draws. A device without a queue of its own computes in `wait`, so that the engine publishes the tokens of the
+step before first.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +27,6 @@ from worker_orcd.runner.kv_cache import allocate_kv_cache
 from worker_orcd.runner.plan import MemoryPlan
 from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import PendingStep, RowResult, Step
-
-T = TypeVar("T")
 
 
 class ModelRunner:
@@ -49,63 +50,57 @@ class ModelRunner:
         self._compiled = compiled = backend.compile(forward, inputs, self.limits)
         self._drawing = compiled if isinstance(compiled, DrawingForward) else None
         self._sampler = Sampler(config.vocab_size)
-        self._busy = False
+        self.max_steps = 1 if self._drawing is None else 2
+        self._under_way: deque[_PendingStep] = deque()  # the oldest first
 
     def launch(self, step: Step) -> PendingStep:
         """Copy what the step needs; its sequences may change afterwards. Raises EngineError."""
-        counts = self._begin(step, every_logit=False)
-        draws = (Draw.of(row.sequence) if row.samples else None for row in step.rows)
-        if self._drawing is None:
-            made = list(draws)
-            return _PendingStep(lambda: self._draw_here(counts, made))
-        try:
-            with _in_our_terms():
-                results = self._drawing.launch(counts, draws)
-        except EngineError:
-            self._busy = False
-            raise
-        return _PendingStep(lambda: self._finish(results))
+        counts = self._fill(step, self.max_steps, every_logit=False)
+        draws = (Draw.of(row) if row.samples else None for row in step.rows)
+        with _in_our_terms():
+            if self._drawing is None:
+                wait = partial(self._draw_here, counts, list(draws))
+            else:
+                wait = self._drawing.launch(counts, draws)
+        pending = _PendingStep(self._under_way, wait)
+        self._under_way.append(pending)
+        return pending
 
     def logits(self, step: Step) -> NDArray[np.float32]:
         """(num_tokens, vocab_size): compute the step and return every token's logits, a copy.
 
         At most `limits.max_rows` tokens. Raises EngineError.
         """
-        counts = self._begin(step, every_logit=True)
-        return self._finish(lambda: self._compiled(counts).numpy().copy())
+        counts = self._fill(step, 1, every_logit=True)
+        with _in_our_terms():
+            return self._compiled(counts).numpy().copy()
 
-    def _begin(self, step: Step, *, every_logit: bool) -> Counts:
-        if self._busy:
-            raise Internal("a step was launched while another was under way")
-        counts = self._batch.fill(step, every_logit=every_logit)
-        self._busy = True
-        return counts
+    def _fill(self, step: Step, most: int, *, every_logit: bool) -> Counts:
+        if len(self._under_way) >= most:
+            raise Internal(f"a step was launched while {len(self._under_way)} were under way")
+        return self._batch.fill(step, every_logit=every_logit)
 
     def _draw_here(self, counts: Counts, draws: Sequence[Draw | None]) -> Sequence[RowResult]:
-        logits = iter(self._finish(lambda: self._compiled(counts).numpy()))
+        logits = iter(self._compiled(counts).numpy())
         return [None if draw is None else self._sampler.sample(next(logits), draw) for draw in draws]
-
-    def _finish(self, wait: Callable[[], T]) -> T:
-        """What the device has computed. The step is over then, one way or the other."""
-        try:
-            with _in_our_terms():
-                return wait()
-        finally:
-            self._busy = False
 
 
 class _PendingStep:
     """Implements `sequence.PendingStep`."""
 
-    def __init__(self, wait: Callable[[], Sequence[RowResult]]) -> None:
+    def __init__(self, under_way: deque[_PendingStep], wait: Callable[[], Sequence[RowResult]]) -> None:
+        self._under_way = under_way
         self._wait = wait
-        self._waited = False
 
     def wait(self) -> Sequence[RowResult]:
-        if self._waited:
+        """What the device has computed. The step is over then, one way or the other."""
+        if self not in self._under_way:
             raise Internal("a step was waited for twice")
-        self._waited = True
-        return self._wait()
+        if self is not self._under_way[0]:
+            raise Internal("a step was waited for before the one that was launched before it")
+        self._under_way.popleft()
+        with _in_our_terms():
+            return self._wait()
 
 
 @contextmanager

@@ -45,11 +45,11 @@ def score_chunks(
         [1 + index % (group.num_blocks - 1) for index in range(num_blocks)] for group in runner.plan.kv_groups
     ]
     while (left := min(first, len(token_ids) - 1) - sequence.num_computed_tokens) > 0:
-        row = Row(sequence, min(chunk or limits.max_tokens, limits.max_tokens, fitting, left))
+        row = Row.of(sequence, min(chunk or limits.max_tokens, limits.max_tokens, fitting, left))
         runner.launch(Step((row,))).wait()
         sequence.num_computed_tokens += row.num_tokens
     while sequence.num_uncomputed_tokens:
-        row = Row(sequence, min(size, sequence.num_uncomputed_tokens))
+        row = Row.of(sequence, min(size, sequence.num_uncomputed_tokens))
         yield runner.logits(Step((row,)))
         sequence.num_computed_tokens += row.num_tokens
 

@@ -74,6 +74,9 @@ def embed(name: str) -> list[float]:
         indices = torch.tensor([0, n - 1, 5, 5, n // 2], dtype=torch.int32)
         out = sliced(5, k)
         OPERATIONS.embed(indices, weight, out, scale)
+        again, drawn = sliced(5, k), indices.flip(0).contiguous()
+        half_known = torch.where(torch.arange(5) % 2 == 0, indices, torch.arange(-5, 0)).int()
+        found.append(off(OPERATIONS.embed(half_known, weight, again, scale, drawn=drawn), out))
         wanted = torch.from_numpy(fmt.dequantize_rows(rows[indices.numpy()])) * scale
         found.append(off(out, wanted))
     return found

@@ -52,9 +52,13 @@ def on_torch() -> tuple[CudaBackend, list[TorchLauncher]]:
     made: list[TorchLauncher] = []
 
     def launcher(
-        kernels: Kernels, inputs: BatchInputs, limits: Limits, operations: list[Operation]
+        kernels: Kernels,
+        inputs: BatchInputs,
+        limits: Limits,
+        operations: list[Operation],
+        drawn: torch.Tensor | None,
     ) -> TorchLauncher:
-        made.append(TorchLauncher(kernels, inputs, limits, operations))
+        made.append(TorchLauncher(kernels, inputs, limits, operations, drawn))
         return made[-1]
 
     return CudaBackend(Kernels(CPU, 90), launcher), made
@@ -219,16 +223,34 @@ def test_a_step_is_padded_to_its_bucket() -> None:
         one.fill_(9)
     host.logit_tokens.fill_(9)
     host.block_tables.fill_(7)
+    host.context_lens[1] = 2 * LIMITS.block_size + 1
     staging.copy(Counts(3, 2, 1), Bucket(8, 4))
     device = staging.device
     assert device.token_ids[:9].tolist() == [9] * 3 + [0] * 5 + [9]
     assert device.positions[:8].tolist() == [9] * 3 + [0] * 5
     assert device.slots[:, :8].tolist() == [[9] * 3 + [0] * 5] * 2
     assert device.query_start.tolist() == [9] * 3 + [3] * 6
-    assert device.context_lens.tolist() == [9] * 2 + [0] * 6
+    assert device.context_lens.tolist() == [9, 2 * LIMITS.block_size + 1] + [0] * 6
     assert device.logit_tokens.tolist() == [9] + [0] * 7
-    assert device.block_tables[:, :2].tolist() == [[[7] * 5] * 2] * 2  # those of rows that are there
+    assert device.block_tables[:, :2].tolist() == [[[7] * 3 + [0] * 2] * 2] * 2  # as far as a row sees
     assert device.block_tables[:, 2:].sum() == 0
+
+
+def test_what_was_filled_may_be_filled_again_while_it_is_copied() -> None:
+    """Copies take turns in pinned memory: that of the step before last is free again."""
+    staging = Staging(LIMITS, CPU)
+    used: list[int] = []
+    for token in (3, 4, 5):
+        staging.host.token_ids.fill_(token)
+        staging.host.context_lens[0] = LIMITS.block_size
+        staging.host.block_tables[:, 0, 0] = token
+        staging.copy(Counts(2, 1, 1), Bucket(2, 1))
+        used.append(staging._sides[-1].buffer.data_ptr())
+        assert staging._sides[-1].buffer.view(torch.int32)[0] == token
+        assert staging.device.token_ids[:2].tolist() == [token] * 2
+        assert staging.device.block_tables[:, 0, 0].tolist() == [token] * 2
+    assert used[0] == used[2] != used[1]
+    assert staging.host.token_ids.data_ptr() not in used
 
 
 # -- what does not fit together ----------------------------------------------------------------------------

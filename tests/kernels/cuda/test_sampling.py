@@ -27,6 +27,7 @@ from worker_orcd.kernels.cuda.draw_slab import (
     SMALLEST_ENTRIES,
     USED,
     DrawSlab,
+    Int,
     Wanted,
     entries_of,
 )
@@ -300,6 +301,41 @@ def test_results_are_told_apart_by_row() -> None:
     first, second, third, fourth = sampler.results()
     assert (first, second, fourth) == (SampledToken(7), None, SampledToken(9))
     assert isinstance(third, RowFailure)
+
+
+def test_results_of_two_steps_are_told_in_order() -> None:
+    sampler = DeviceSampler(Launches(), VOCAB, 5)
+    for first_token, draws in ((3, [draw_of(), draw_of()]), (40, [None, draw_of(), draw_of(logprobs=50)])):
+        sampler.prepare(draws)
+        sampler.upload()
+        sampler.token_ids[:2] = torch.tensor([first_token, first_token + 1], dtype=torch.int32)
+        sampler.download()
+    assert sampler.results() == [SampledToken(3), SampledToken(4)]
+    nothing, token, failure = sampler.results()
+    assert (nothing, token) == (None, SampledToken(40)) and isinstance(failure, RowFailure)
+    with pytest.raises(IndexError):
+        sampler.results()
+
+
+def test_draws_of_the_next_step_leave_those_that_are_being_copied_alone() -> None:
+    """On the host, where the copies are only queued; on the device they are in the stream's order."""
+    filled = slab()
+    first, second = draw_of(seed=7, excluded=(1,)), draw_of(seed=8, excluded=(1, 2, 3, 4))
+    filled.fill([first])
+    being_copied = [side.clone() for side in host_bytes(filled)]
+    filled.fill([second])
+    assert all(map(torch.equal, host_bytes(filled)[2:], being_copied[:2]))
+    filled.upload()
+    ints = filled.ints.view(torch.int64).view(len(Int), -1)
+    assert (ints[Int.SEED, 0], ints[Int.ENTRY_COUNT, 0]) == (8, 4)
+    filled.fill([draw_of(seed=9)])  # where the first was
+    assert not torch.equal(host_bytes(filled)[0], being_copied[0])
+
+
+def host_bytes(filled: DrawSlab) -> list[torch.Tensor]:
+    """Parameters and entries of the step that was filled last, and of the one before."""
+    sides = reversed(filled._sides)
+    return [side.buffer for one in sides for side in (one.parameters, one.entries)]
 
 
 def test_vocabularies_have_a_limit() -> None:

@@ -57,9 +57,14 @@ class TorchLauncher:
     """Implements `executor.Launcher`. Counts what it was asked for."""
 
     def __init__(
-        self, kernels: Kernels, inputs: BatchInputs, limits: Limits, operations: Sequence[Operation]
+        self,
+        kernels: Kernels,
+        inputs: BatchInputs,
+        limits: Limits,
+        operations: Sequence[Operation],
+        drawn: torch.Tensor | None,
     ) -> None:
-        self._inputs, self._limits = inputs, limits
+        self._inputs, self._limits, self.drawn = inputs, limits, drawn
         self.operations = list(operations)
 
     def prepare(self, bucket: Bucket) -> Sequence[Launch]:
@@ -75,6 +80,8 @@ class TorchLauncher:
     @_run.register
     def _(self, one: Embed, view: View, bucket: Bucket) -> None:
         indices = getattr(self._inputs, one.indices.name)[: bucket.tokens].long()
+        if self.drawn is not None:
+            indices = torch.where(indices < 0, self.drawn[(-1 - indices).clamp(min=0)].long(), indices)
         view(one.out).copy_(unpacked(one.table)[indices] * one.scale)
 
     @_run.register

@@ -62,7 +62,7 @@ from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.cuda.step import CudaStep, DrawingStep
 from worker_orcd.kernels.cuda.weights import CudaWeight, Uploader
 
-MakeLauncher = Callable[[Kernels, BatchInputs, Limits, Sequence[Operation]], Launcher]
+MakeLauncher = Callable[[Kernels, BatchInputs, Limits, Sequence[Operation], torch.Tensor | None], Launcher]
 OnCompile = Callable[[int, int], None]
 
 OLDEST = 80  # compute capability
@@ -320,14 +320,16 @@ class CudaBackend:
             raise Internal("compile takes the inputs that this backend allocated last")
         self._uploader.close()
         operations = fuse(program.operations, result)
-        launcher = self._make_launcher(self._kernels, staging.device, limits, operations)
+        sampler = None
+        if self._device.type == "cuda" and result.width <= MAX_VOCAB:
+            with torch.inference_mode():
+                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows)
+        drawn = None if sampler is None else sampler.token_ids
+        launcher = self._make_launcher(self._kernels, staging.device, limits, operations, drawn)
         executor = Executor(operations, result, launcher, staging, limits, self._kernels, graphs=self._graphs)
         if self._device.type != "cuda":
             return CudaStep(executor, self._device)
-        sampler = None
         with torch.inference_mode():
-            if result.width <= MAX_VOCAB:
-                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows)
             executor.warm(self._on_compile, sampler)
         if sampler is None:
             return CudaStep(executor, self._device)

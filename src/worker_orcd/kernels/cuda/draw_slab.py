@@ -1,6 +1,9 @@
 """
 How a step's draws are told to a GPU: parameters by row, and what changes single logits.
 
+The host has two sides of both, used in turn, so that the draws of a step can be written down while those of
+the step before are still to be copied.
+
 `ints` and `reals` are (fields, rows) of 8-byte numbers. `entries` has, for rows with penalties, bias or
 excluded tokens only, a record for each token that changes, each token once. Such a row costs the host a sort
 of its token ids a step: 0.13 ms for a thousand, 0.7 ms for ten thousand. Biases of one token that is named
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from worker_orcd.kernels.cuda.inputs import HostSide
 from worker_orcd.kernels.draw import Draw, TokenIds, bias_outside, too_many_logprobs
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure
 
@@ -72,9 +76,22 @@ class Wanted:
     logprobs: bool = False
 
 
-def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Zeroed; pinned if a GPU is to read it."""
-    return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+class _Side:
+    """What the host writes down of one step."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.parameters = HostSide(8 * (len(Int) + len(Real)) * max_rows, device)
+        split = 8 * len(Int) * max_rows
+        numbers = self.parameters.buffer
+        self.ints = numbers[:split].numpy().view(np.int64).reshape(len(Int), max_rows)
+        self.reals = numbers[split:].numpy().view(np.float64).reshape(len(Real), max_rows)
+        self.reals[Real.RAW_SCALE] = _LOG2E
+        self.num_entries = 0
+        self.make_room(SMALLEST_ENTRIES, device)
+
+    def make_room(self, num_entries: int, device: torch.device) -> None:
+        self.entries = HostSide(num_entries * _ENTRY.itemsize, device)
+        self.records = self.entries.buffer.numpy().view(_ENTRY)
 
 
 class DrawSlab:
@@ -82,29 +99,30 @@ class DrawSlab:
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, device
-        self._host = host_buffer(8 * (len(Int) + len(Real)) * max_rows, device)
-        self._on_device = torch.zeros_like(self._host, device=device)
+        self._sides = [_Side(max_rows, device) for _ in range(2)]  # the last is that of the step being made
+        self._on_device = torch.zeros_like(self._sides[0].parameters.buffer, device=device)
         split = 8 * len(Int) * max_rows
-        self._ints = self._host[:split].numpy().view(np.int64).reshape(len(Int), max_rows)
-        self._reals = self._host[split:].numpy().view(np.float64).reshape(len(Real), max_rows)
         self.ints, self.reals = self._on_device[:split], self._on_device[split:]
-        self._reals[Real.RAW_SCALE] = _LOG2E
-        self._num_entries = 0
         self.entries_moved = 0
         self._make_room(SMALLEST_ENTRIES)
 
     def _make_room(self, num_entries: int) -> None:
-        self._host_entries = host_buffer(num_entries * _ENTRY.itemsize, self.device)
-        self._records = self._host_entries.numpy().view(_ENTRY)
-        self.entries = torch.zeros_like(self._host_entries, device=self.device)
+        self.entries = torch.zeros(num_entries * _ENTRY.itemsize, dtype=torch.uint8, device=self.device)
         self.saved = torch.zeros(num_entries, dtype=torch.float32, device=self.device)
 
     def fill(self, draws: Sequence[Draw]) -> tuple[Wanted, dict[int, RowFailure]]:
-        """One draw a row. Rows that fail already are not drawn; their index and failure are returned."""
+        """One draw a row. Rows that fail already are not drawn; their index and failure are returned.
+
+        Waits until the step before the last has been copied.
+        """
         n = len(draws)
         if n > self.max_rows:
             raise ValueError(f"{n} draws, but there is room for {self.max_rows}")
-        ints, reals = self._ints[:, :n], self._reals[:, :n]
+        self._sides.reverse()
+        side = self._sides[-1]
+        side.parameters.wait()
+        side.entries.wait()
+        ints, reals = side.ints[:, :n], side.reals[:, :n]
         all_params = [draw.params for draw in draws]
         ints.view(np.uint64)[Int.SEED] = [params.seed for params in all_params]
         ints[Int.POSITION] = [draw.position for draw in draws]
@@ -122,14 +140,14 @@ class DrawSlab:
         reals[Real.SCALE] = np.where(random, scale, 0.0)
         filtered = random & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
         flags = SAMPLES | np.where(filtered, FILTERED, 0) | np.where(num_top >= 0, LOGPROBS, 0)
-        self._ints[Int.FLAGS] = 0
-        self._ints[Int.ENTRY_COUNT] = 0
+        side.ints[Int.FLAGS] = 0
+        side.ints[Int.ENTRY_COUNT] = 0
         ints[Int.FLAGS] = flags
         failures = self._refuse(draws, num_top)
         self._fill_entries(draws, failures)
         return (
             Wanted(
-                adjusts=self._num_entries > 0,
+                adjusts=side.num_entries > 0,
                 filters=bool(filtered.any()),
                 logprobs=bool((num_top >= 0).any()),
             ),
@@ -144,35 +162,41 @@ class DrawSlab:
             bias = draw.params.logit_bias
             if bias and any(not 0 <= token_id < self.vocab_size for token_id, _ in bias):
                 failures[row] = bias_outside(self.vocab_size)
-        self._ints[Int.FLAGS, list(failures)] = 0
+        self._sides[-1].ints[Int.FLAGS, list(failures)] = 0
         return failures
 
     def _fill_entries(self, draws: Sequence[Draw], failures: dict[int, RowFailure]) -> None:
         parts: list[NDArray[np.void]] = []
-        self._num_entries = 0
+        side = self._sides[-1]
+        side.num_entries = 0
         for row, draw in enumerate(draws):
             params = draw.params
             if (draw.token_ids is None and not draw.excluded and not params.logit_bias) or row in failures:
                 continue
             entries = entries_of(draw, self.vocab_size)
-            self._ints[Int.ENTRY_START, row] = self._num_entries
-            self._ints[Int.ENTRY_COUNT, row] = len(entries)
-            self._reals[Real.REPETITION, row] = np.float32(params.repetition_penalty)
-            self._reals[Real.PRESENCE, row] = np.float32(params.presence_penalty)
-            self._num_entries += len(entries)
+            side.ints[Int.ENTRY_START, row] = side.num_entries
+            side.ints[Int.ENTRY_COUNT, row] = len(entries)
+            side.reals[Real.REPETITION, row] = np.float32(params.repetition_penalty)
+            side.reals[Real.PRESENCE, row] = np.float32(params.presence_penalty)
+            side.num_entries += len(entries)
             parts.append(entries)
-        if self._num_entries > len(self._records):
-            self._make_room(2 * self._num_entries)
+        if side.num_entries > len(self.saved):
+            self._make_room(2 * side.num_entries)
             self.entries_moved += 1
+        if side.num_entries > len(side.records):
+            side.make_room(len(self.saved), self.device)
         if parts:
-            np.concatenate(parts, out=self._records[: self._num_entries])
+            np.concatenate(parts, out=side.records[: side.num_entries])
 
     def upload(self) -> None:
         """Start the copies to the device: one, or two where there are entries."""
-        self._on_device.copy_(self._host, non_blocking=True)
-        if self._num_entries:
-            num_bytes = self._num_entries * _ENTRY.itemsize
-            self.entries[:num_bytes].copy_(self._host_entries[:num_bytes], non_blocking=True)
+        side = self._sides[-1]
+        self._on_device.copy_(side.parameters.buffer, non_blocking=True)
+        side.parameters.queued()
+        if side.num_entries:
+            num_bytes = side.num_entries * _ENTRY.itemsize
+            self.entries[:num_bytes].copy_(side.entries.buffer[:num_bytes], non_blocking=True)
+            side.entries.queued()
 
 
 def entries_of(draw: Draw, vocab_size: int) -> NDArray[np.void]:

@@ -101,11 +101,18 @@ def block_value(code, s, row, block, FORMAT: tl.constexpr, HEADER: tl.constexpr)
 
 
 @triton.jit
-def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl.constexpr,
+def known(index, drawn):
+    """The token that `index` means: -1 - i is the one that draw i of the step before gave."""
+    found = tl.load(drawn + (-1 - index), mask=index < 0, other=0, cache_modifier=".cg")
+    return tl.where(index < 0, found, index)
+
+
+@triton.jit
+def embed(indices, drawn, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl.constexpr,
           BLOCK: tl.constexpr, STEP: tl.constexpr, PLANES: tl.constexpr, HIGH: tl.constexpr,
           SHARE: tl.constexpr, HEADER: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
           OVERLAP: tl.constexpr = 0):  # fmt: skip
-    """`out` (tokens, K) = rows `indices` of a packed table, times factor.
+    """`out` (tokens, K) = rows `indices` of a packed table, times factor. One that is -1 - i means drawn[i].
 
     See `linear` for the table's parameters; GROUP: the columns that a row's header words are for.
     """
@@ -116,7 +123,7 @@ def embed(indices, w, h, s, out, factor, out_stride, K: tl.constexpr, FORMAT: tl
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(1).to(tl.int64)
     mask = column < K
-    index = tl.load(indices + token, cache_modifier=".cg")
+    index = known(tl.load(indices + token, cache_modifier=".cg"), drawn)
     tile = (index // 64).to(tl.int64)
     row = index % 64
     inside = tl.minimum(column, K - 1)

@@ -43,9 +43,15 @@ class KernelLauncher:
     """Implements `executor.Launcher` with compiled kernels. Owns what they share: scratch memory, angles."""
 
     def __init__(
-        self, kernels: Kernels, inputs: BatchInputs, limits: Limits, operations: Sequence[Operation]
+        self,
+        kernels: Kernels,
+        inputs: BatchInputs,
+        limits: Limits,
+        operations: Sequence[Operation],
+        drawn: torch.Tensor | None,
     ) -> None:
-        self._inputs = inputs
+        """`drawn`: the tokens that the step before drew, for negative ids (`runner.batch`)."""
+        self._inputs, self._drawn = inputs, drawn
         self._operations, self._products = Operations(kernels), Products(kernels)
         self._attention, self._experts = Attention(kernels, limits), ExpertProducts(kernels)
         self._orders: dict[tuple[Bucket, Buffer], Order | None] = {}  # of each routing, as it was sorted last
@@ -87,7 +93,7 @@ class KernelLauncher:
         match one:
             case Embed():
                 indices = getattr(inputs, one.indices.name)[: bucket.tokens]
-                return partial(kernels.embed, indices, one.table, view(one.out), one.scale)
+                return partial(kernels.embed, indices, one.table, view(one.out), one.scale, drawn=self._drawn)
             case Take():
                 indices = inputs.logit_tokens[: bucket.logits]
                 return partial(kernels.take, view(one.x), indices, view(one.out))

@@ -87,9 +87,18 @@ class Operations:
     # -- rows ----------------------------------------------------------------------------------------------
 
     def embed(
-        self, indices: torch.Tensor, weight: PackedMatrix, out: torch.Tensor, scale: float = 1.0
+        self,
+        indices: torch.Tensor,
+        weight: PackedMatrix,
+        out: torch.Tensor,
+        scale: float = 1.0,
+        *,
+        drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Rows `indices` (tokens,) int32 of a packed table, as `quant` reads them, times `scale`."""
+        """Rows `indices` (tokens,) int32 of a packed table, as `quant` reads them, times `scale`.
+
+        An index may be negative where `drawn`, int32, is given: -1 - i stands for drawn[i].
+        """
         shape, layout = weight.shape, weight.shape.layout
         constants = {
             "K": shape.k, "FORMAT": shape.format, "BLOCK": len(layout.codes), "STEP": shape.step,
@@ -98,8 +107,9 @@ class Operations:
             "COLUMNS": _EMBEDDED,
         }  # fmt: skip
         arguments = {
-            "indices": indices, "w": weight.words, "h": weight.high, "s": weight.headers, "out": out,
-            "factor": float(scale), "out_stride": out.stride(0),
+            "indices": indices, "drawn": indices if drawn is None else drawn, "w": weight.words,
+            "h": weight.high, "s": weight.headers, "out": out, "factor": float(scale),
+            "out_stride": out.stride(0),
         }  # fmt: skip
         self._launch("embed", (-(-shape.k // _EMBEDDED), len(out), 1), arguments, constants, tokens=len(out))
         return out

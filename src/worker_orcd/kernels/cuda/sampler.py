@@ -1,19 +1,22 @@
 """
 Drawing the tokens of a step on a GPU.
 
-A step is `prepare`, `upload`, `launch`, `download`, `results`; nothing but `results` (and `prepare`, for the
-copy of the step before) waits. `launch` may be captured in a CUDA graph: what it is given in a step is read
-from device memory. Rows beyond a step's draws are skipped. The rules are those of `runner.sampler`, which
-gives the same tokens but where rounding decides.
+A step is `prepare`, `upload`, `launch`, `download`, `results`. A second may be begun before the results of
+the first are taken; nothing but `results` waits then. `launch` may be captured in a CUDA graph: what it is
+given in a step is read from device memory. Rows beyond a step's draws are skipped. The rules are those of
+`runner.sampler`, which gives the same tokens but where rounding decides.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
 from worker_orcd.kernels.cuda.draw_slab import (
@@ -26,8 +29,8 @@ from worker_orcd.kernels.cuda.draw_slab import (
     ROUNDS,
     DrawSlab,
     Wanted,
-    host_buffer,
 )
+from worker_orcd.kernels.cuda.inputs import HostSide
 from worker_orcd.kernels.draw import Draw, no_numbers, none_left
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, RowResult, SampledToken
 
@@ -123,8 +126,26 @@ def sampling_kernels(vocab_size: int, max_rows: int, *, aligned: bool = True) ->
     }
 
 
+class _Results:
+    """Where the results of every other step come to on the host."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.side = HostSide(_result_bytes(rows), device)
+        views = _result_views(self.side.buffer, rows)
+        self.found = {name: view.numpy() for name, view in views.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A step whose results are being copied to the host."""
+
+    draws: list[Draw | None]
+    failures: dict[int, RowFailure]
+    results: _Results
+
+
 class DeviceSampler:
-    """Draws on the current stream of one device, a step at a time. Allocates when built.
+    """Draws on the current stream of one device, step after step. Allocates when built.
 
     Only rows with penalties, bias or excluded tokens may make `prepare` allocate: more room for their
     entries. A graph that was captured with `Wanted.adjusts` is then void; `entries_moved` counts how often.
@@ -143,14 +164,12 @@ class DeviceSampler:
             for name, (size, dtype) in _scratch_sizes(vocab_size, rows).items()
         }
         self._brief = 8 * rows  # bytes of tokens and statuses
-        self._host_results = host_buffer(_result_bytes(rows), device)
-        self._results = torch.zeros_like(self._host_results, device=device)
+        self._host_results = [_Results(rows, device) for _ in range(2)]
+        self._results = torch.zeros(_result_bytes(rows), dtype=torch.uint8, device=device)
         self._views = _result_views(self._results, rows)
-        self._found = {name: view.numpy() for name, view in _result_views(self._host_results, rows).items()}
         self._entries_moved = -1
         self._arguments: dict[str, list[torch.Tensor]] = {}
-        self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
-        self._downloaded = torch.cuda.Event() if device.type == "cuda" else None
+        self._drawn: deque[_Drawn] = deque()  # whose results nobody has taken, the oldest first
         self._draws: list[Draw | None] = []
         self._failures: dict[int, RowFailure] = {}
         self._wanted = Wanted()
@@ -169,7 +188,7 @@ class DeviceSampler:
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """(rows,) int32 on the device: the tokens of the last step, 0 where a row failed."""
+        """(rows,) int32 on the device: the tokens of the last step; where a row failed, any token."""
         return self._views["tokens"]
 
     @property
@@ -178,8 +197,6 @@ class DeviceSampler:
 
     def prepare(self, draws: Sequence[Draw | None]) -> Wanted:
         """Note what the rows of a step are drawn with, None for rows that have no logits."""
-        if self._uploaded is not None:
-            self._uploaded.synchronize()
         self._draws = list(draws)
         self._wanted, self._failures = self._slab.fill([draw for draw in draws if draw is not None])
         return self._wanted
@@ -187,8 +204,6 @@ class DeviceSampler:
     def upload(self) -> None:
         """Start the copy of what was prepared."""
         self._slab.upload()
-        if self._uploaded is not None:
-            self._uploaded.record()
 
     def launch(self, logits: torch.Tensor, wanted: Wanted) -> None:
         """Draw: a row of `logits` (rows, vocab_size) float32 for each draw that is not None, and maybe more.
@@ -261,37 +276,41 @@ class DeviceSampler:
             self._kernels.launch(kernel, grid, *self._arguments[name])
 
     def download(self) -> None:
-        """Start the copy of what was drawn."""
+        """Start the copy of what was drawn. The results of all steps but the last must have been taken."""
+        results = self._host_results[0]
+        self._host_results.reverse()
         size = len(self._results) if self._wanted.logprobs else self._brief
-        self._host_results[:size].copy_(self._results[:size], non_blocking=True)
-        if self._downloaded is not None:
-            self._downloaded.record()
+        results.side.buffer[:size].copy_(self._results[:size], non_blocking=True)
+        results.side.queued()
+        self._drawn.append(_Drawn(self._draws, self._failures, results))
 
     def results(self) -> list[RowResult]:
-        """Wait for what was drawn: an entry for each draw, None for None. Once for each `download`."""
-        if self._downloaded is not None:
-            self._downloaded.synchronize()
-        tokens = self._found["tokens"].tolist()
-        statuses = self._found["statuses"].tolist()
+        """Wait for what was drawn: an entry for each draw, None for None. Once a `download`, in order."""
+        drawn = self._drawn.popleft()
+        drawn.results.side.wait()
+        found = drawn.results.found
+        tokens = found["tokens"].tolist()
+        statuses = found["statuses"].tolist()
         results: list[RowResult] = []
         row = 0
-        for draw in self._draws:
+        for draw in drawn.draws:
             if draw is None:
                 results.append(None)
                 continue
-            if row in self._failures:
-                results.append(self._failures[row])
+            if row in drawn.failures:
+                results.append(drawn.failures[row])
             elif statuses[row] != OK:
                 results.append(none_left() if statuses[row] == NONE_LEFT else no_numbers())
             elif draw.params.logprobs is None:
                 results.append(SampledToken(tokens[row]))
             else:
-                results.append(self._with_logprobs(row, tokens[row], draw.params.logprobs))
+                results.append(self._with_logprobs(found, row, tokens[row], draw.params.logprobs))
             row += 1
         return results
 
-    def _with_logprobs(self, row: int, token_id: int, count: int) -> SampledToken | RowFailure:
-        found = self._found
+    def _with_logprobs(
+        self, found: dict[str, NDArray[Any]], row: int, token_id: int, count: int
+    ) -> SampledToken | RowFailure:
         highest = float(found["highs"][row])
         if not math.isfinite(highest):
             return no_numbers()

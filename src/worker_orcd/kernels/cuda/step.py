@@ -33,7 +33,11 @@ class CudaStep:
 
 
 class DrawingStep(CudaStep):
-    """Implements `kernels.backend.DrawingForward`: logits stay on the device, tokens come back."""
+    """Implements `kernels.backend.DrawingForward`: logits stay on the device, tokens come back.
+
+    Two steps may be under way. All that they share on the device, the inputs and the tokens drawn last among
+    it, is in the order of the stream: the second reads what the first has drawn before it draws itself.
+    """
 
     def __init__(self, executor: Executor, device: torch.device, sampler: DeviceSampler) -> None:
         super().__init__(executor, device)
