@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MAX_LOGPROBS = 20  # of the most likely tokens that a request may ask for
 
@@ -86,8 +86,9 @@ class Sequence:
 
         A token that is being drawn counts, though nobody knows it yet, unless it is the last of the sequence.
         """
-        num_tokens = len(self.token_ids) + self.num_draws_under_way
-        if self.num_draws_under_way and num_tokens - self.num_prompt_tokens >= self.max_tokens:
+        num_draws = self.num_draws_under_way
+        num_tokens = len(self.token_ids) + num_draws
+        if num_draws and num_tokens - self.num_prompt_tokens >= self.max_tokens:
             return 0
         return num_tokens - self.num_scheduled_tokens
 
@@ -105,8 +106,7 @@ class Sequence:
         return position - self.num_prompt_tokens >= self.min_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's share of a step: compute `num_tokens` tokens from `start` on."""
 
     sequence: Sequence

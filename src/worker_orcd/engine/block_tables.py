@@ -133,6 +133,8 @@ class BlockTables:
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Hold blocks for the next `num_tokens` tokens. False, and nothing done, where a pool has too few."""
         num_blocks = self._num_blocks(sequence.num_scheduled_tokens + num_tokens)
+        if self._shortest(sequence) >= num_blocks:  # as most that decode have it: of each block all but once
+            return True
         lacking = [
             (self.groups[index].pool, table)
             for index, table in enumerate(sequence.block_tables)
@@ -146,16 +148,24 @@ class BlockTables:
 
     def extend_all(self, sequences: SequenceABC[Sequence]) -> bool:
         """Hold a block for the next token of each. False, and nothing done, where not all can have one."""
-        ends = [self._num_blocks(s.num_scheduled_tokens + 1) for s in sequences]
+        size = self._block_size
+        lacking = [s for s in sequences if self._shortest(s) * size <= s.num_scheduled_tokens]
         for index, group in enumerate(self.groups):
             missing = sum(
-                max(0, end - len(s.block_tables[index])) for s, end in zip(sequences, ends, strict=True)
+                max(0, self._num_blocks(s.num_scheduled_tokens + 1) - len(s.block_tables[index]))
+                for s in lacking
             )
             if missing > group.pool.num_free:
                 return False
-        for s in sequences:
+        for s in lacking:
             self.extend(s, 1)
         return True
+
+    @staticmethod
+    def _shortest(sequence: Sequence) -> int:
+        """Blocks, null ones too, of the table that has the fewest."""
+        tables = sequence.block_tables
+        return len(tables[0]) if len(tables) == 1 else min(map(len, tables))
 
     def publish(self, sequence: Sequence, first: int, end: int) -> None:
         """Let others find these computed blocks, which are hashed and held in every group."""
