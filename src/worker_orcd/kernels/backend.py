@@ -113,6 +113,11 @@ class Limits:
     block_size: int
     num_groups: int = 1  # of layers that share block tables, see `model.config.ModelConfig.cache_groups`
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row's blocks have room for."""
+        return self.max_blocks_per_row * self.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:

@@ -22,13 +22,16 @@ from worker_orcd.errors import InvalidParameter
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 from worker_orcd.kernels.cuda.draw_slab import (
     EXCLUDED,
+    EXTRA_ENTRIES,
     MAX_VOCAB,
+    MOST_ENTRIES,
     SEEN,
     SMALLEST_ENTRIES,
     USED,
     DrawSlab,
     Int,
     Wanted,
+    entries_needed,
     entries_of,
 )
 from worker_orcd.kernels.cuda.sampler import DeviceSampler, sampling_kernels
@@ -345,9 +348,25 @@ def test_vocabularies_have_a_limit() -> None:
 
 
 def test_what_it_takes_is_known_before() -> None:
-    sampler = DeviceSampler(Launches(), 201088, 64)
-    assert DeviceSampler.device_bytes(201088, 64) == sampler.allocated_bytes
-    assert 2 << 20 < sampler.allocated_bytes < 8 << 20
+    sampler = DeviceSampler(Launches(), 201088, 64, longest=1000)
+    assert DeviceSampler.device_bytes(201088, 64, 1000) == sampler.allocated_bytes
+    assert 4 << 20 < sampler.allocated_bytes < 10 << 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "longest", "needed"),
+    [(256, 1024, 256 * (1024 + EXTRA_ENTRIES)), (1, 1, SMALLEST_ENTRIES), (256, 1 << 17, MOST_ENTRIES)],
+)
+def test_rows_that_need_the_most_entries_have_room(rows: int, longest: int, needed: int) -> None:
+    assert entries_needed(150_000, rows, longest) == needed
+    assert entries_needed(500, rows, longest) == max(SMALLEST_ENTRIES, rows * 500)
+    if needed == MOST_ENTRIES:
+        return
+    filled = DrawSlab(150_000, rows, torch.device("cpu"), needed)
+    tokens = list(range(longest))
+    bias = tuple((100_000 + index, 1.0) for index in range(1024))
+    filled.fill([draw_of(token_ids=tokens, presence_penalty=1.0, logit_bias=bias)] * rows)
+    assert filled.entries_moved == 0
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:

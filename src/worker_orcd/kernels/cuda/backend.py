@@ -323,7 +323,7 @@ class CudaBackend:
         sampler = None
         if self._device.type == "cuda" and result.width <= MAX_VOCAB:
             with torch.inference_mode():
-                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows)
+                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows, limits.longest)
         drawn = None if sampler is None else sampler.token_ids
         launcher = self._make_launcher(self._kernels, staging.device, limits, operations, drawn)
         executor = Executor(operations, result, launcher, staging, limits, self._kernels, graphs=self._graphs)
@@ -337,7 +337,7 @@ class CudaBackend:
 
     def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
         activations = 6 * limits.max_tokens * (widest + 64)
-        draws = DeviceSampler.device_bytes(vocab_size, limits.max_rows)
+        draws = DeviceSampler.device_bytes(vocab_size, limits.max_rows, limits.longest)
         return 4 * (activations + 2 * limits.max_rows * (vocab_size + 64)) + draws + _SCRATCH_BYTES
 
     def close(self) -> None:

@@ -30,6 +30,8 @@ LIMITS = 16  # that the end of what is kept is sought between, at a time
 ROUNDS = 2
 MAX_VOCAB = 64 * CHUNK
 SMALLEST_ENTRIES = 4096  # that there is room for from the start
+MOST_ENTRIES = 1 << 20  # and if rows may be long: 4096 different tokens of each of 256; beyond, room grows
+EXTRA_ENTRIES = 1088  # of a row, beside its tokens: biases and tokens that are never drawn
 
 
 class Int(enum.IntEnum):
@@ -76,10 +78,21 @@ class Wanted:
     logprobs: bool = False
 
 
+def entries_needed(vocab_size: int, max_rows: int, longest: int) -> int:
+    """Room for the entries of `max_rows` rows of up to `longest` tokens, within `MOST_ENTRIES`."""
+    needed = max_rows * min(vocab_size, longest + EXTRA_ENTRIES)
+    return max(SMALLEST_ENTRIES, min(needed, MOST_ENTRIES))
+
+
+def entry_bytes(num_entries: int) -> int:
+    """On the device: of each its record, and its logit as it was."""
+    return num_entries * (_ENTRY.itemsize + 4)
+
+
 class _Side:
     """What the host writes down of one step."""
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, device: torch.device, num_entries: int) -> None:
         self.parameters = HostSide(8 * (len(Int) + len(Real)) * max_rows, device)
         split = 8 * len(Int) * max_rows
         numbers = self.parameters.buffer
@@ -87,7 +100,7 @@ class _Side:
         self.reals = numbers[split:].numpy().view(np.float64).reshape(len(Real), max_rows)
         self.reals[Real.RAW_SCALE] = _LOG2E
         self.num_entries = 0
-        self.make_room(SMALLEST_ENTRIES, device)
+        self.make_room(num_entries, device)
 
     def make_room(self, num_entries: int, device: torch.device) -> None:
         self.entries = HostSide(num_entries * _ENTRY.itemsize, device)
@@ -97,14 +110,19 @@ class _Side:
 class DrawSlab:
     """Parameters of up to `max_rows` draws, on the host and on the device."""
 
-    def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, max_rows: int, device: torch.device, num_entries: int = SMALLEST_ENTRIES
+    ) -> None:
+        """`num_entries`: how many there is room for at first."""
         self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, device
-        self._sides = [_Side(max_rows, device) for _ in range(2)]  # the last is that of the step being made
+        self._sides = [
+            _Side(max_rows, device, num_entries) for _ in range(2)
+        ]  # the last is that of the step being made
         self._on_device = torch.zeros_like(self._sides[0].parameters.buffer, device=device)
         split = 8 * len(Int) * max_rows
         self.ints, self.reals = self._on_device[:split], self._on_device[split:]
         self.entries_moved = 0
-        self._make_room(SMALLEST_ENTRIES)
+        self._make_room(num_entries)
 
     def _make_room(self, num_entries: int) -> None:
         self.entries = torch.zeros(num_entries * _ENTRY.itemsize, dtype=torch.uint8, device=self.device)

@@ -29,6 +29,8 @@ from worker_orcd.kernels.cuda.draw_slab import (
     ROUNDS,
     DrawSlab,
     Wanted,
+    entries_needed,
+    entry_bytes,
 )
 from worker_orcd.kernels.cuda.inputs import HostSide
 from worker_orcd.kernels.draw import Draw, no_numbers, none_left
@@ -147,18 +149,20 @@ class _Drawn:
 class DeviceSampler:
     """Draws on the current stream of one device, step after step. Allocates when built.
 
-    Only rows with penalties, bias or excluded tokens may make `prepare` allocate: more room for their
-    entries. A graph that was captured with `Wanted.adjusts` is then void; `entries_moved` counts how often.
+    Only very long rows with penalties may make `prepare` allocate: more room for their entries, see
+    `draw_slab.entries_needed`. A graph that was captured with `Wanted.adjusts` is then void; `entries_moved`
+    counts how often.
     """
 
-    def __init__(self, kernels: Kernels, vocab_size: int, max_rows: int) -> None:
+    def __init__(self, kernels: Kernels, vocab_size: int, max_rows: int, longest: int = 0) -> None:
+        """`longest`: tokens that a row may have."""
         if not 1 <= vocab_size <= MAX_VOCAB:
             raise ValueError(f"a vocabulary of {vocab_size}; 1 to {MAX_VOCAB} can be sampled from")
         self._kernels, self.vocab_size, self.max_rows = kernels, vocab_size, max_rows
         self._chunks = -(-vocab_size // CHUNK)
         device, rows = kernels.device, padded_rows(max_rows)
         self._of = {flag: sampling_kernels(vocab_size, max_rows, aligned=flag) for flag in (False, True)}
-        self._slab = DrawSlab(vocab_size, rows, device)
+        self._slab = DrawSlab(vocab_size, rows, device, entries_needed(vocab_size, max_rows, longest))
         self._scratch = {
             name: torch.zeros(size, dtype=dtype, device=device)
             for name, (size, dtype) in _scratch_sizes(vocab_size, rows).items()
@@ -175,15 +179,17 @@ class DeviceSampler:
         self._wanted = Wanted()
 
     @staticmethod
-    def device_bytes(vocab_size: int, max_rows: int) -> int:
-        """What one takes on the device, beside the entries."""
+    def device_bytes(vocab_size: int, max_rows: int, longest: int = 0) -> int:
+        """What one takes on the device."""
         rows = padded_rows(max_rows)
-        scratch = _scratch_sizes(vocab_size, rows).values()
-        return sum(size * dtype.itemsize for size, dtype in scratch) + _result_bytes(rows) + 104 * rows
+        scratch = sum(size * dtype.itemsize for size, dtype in _scratch_sizes(vocab_size, rows).values())
+        entries = entry_bytes(entries_needed(vocab_size, max_rows, longest))
+        return scratch + _result_bytes(rows) + 104 * rows + entries
 
     @property
     def allocated_bytes(self) -> int:
-        arrays = (*self._scratch.values(), self._results, self._slab.ints, self._slab.reals)
+        slab = self._slab
+        arrays = (*self._scratch.values(), self._results, slab.ints, slab.reals, slab.entries, slab.saved)
         return sum(array.nbytes for array in arrays)
 
     @property
