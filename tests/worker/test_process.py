@@ -63,7 +63,9 @@ async def rest(events: Any) -> list[tuple[str, dict[str, Any]]]:
 async def test_it_answers_while_it_loads_and_then_serves(start: Start, monkeypatch: pytest.MonkeyPatch):
     gate = threading.Event()
     original = loading.load_weights
-    monkeypatch.setattr(loading, "load_weights", lambda *args: gate.wait(SECONDS) and original(*args))
+    monkeypatch.setattr(
+        loading, "load_weights", lambda *args, **options: gate.wait(SECONDS) and original(*args, **options)
+    )
     async with start() as running:
         health = await running.health()
         assert (health["status"], health["state"]) == ("loading", "starting") and health["load_percent"] < 100
@@ -240,12 +242,12 @@ async def test_loading_is_given_up_when_the_worker_is_to_stop(start: Start, monk
     original = loading.load_weights
     began = threading.Event()
 
-    def slow(file: Any, model: Any, backend: Any, report: Any) -> Any:
+    def slow(file: Any, model: Any, backend: Any, report: Any, **options: Any) -> Any:
         began.set()
         for _ in range(6000):
             report(0.0)  # raises once the worker stops
             time.sleep(0.01)
-        return original(file, model, backend, report)
+        return original(file, model, backend, report, **options)
 
     monkeypatch.setattr(loading, "load_weights", slow)
     async with start() as running:
