@@ -83,9 +83,10 @@ def test_without_a_gpu_it_says_so(tmp_path: Path):
 def test_make_runs_them_with_the_python_that_is_named(tmp_path: Path):
     for target in ("gpu-check", "gpu-bench"):
         made = subprocess.run(
-            ["make", "-n", target, "MODEL=a.gguf b.gguf", "GPU_ARGS=--parts engine"],
+            ["make", "--no-print-directory", "-n", target, "MODEL=a.gguf b.gguf", "GPU_ARGS=--parts engine"],
             cwd=ROOT,
-            env=os.environ | {"PYTHON": "python9"},
+            env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+            | {"PYTHON": "python9"},  # this may run under another make
             capture_output=True,
             text=True,
         )
