@@ -92,7 +92,7 @@ def expert_sum(w, h, s, shifts, x, expert, pair, pair_mask, pn, n, x_stride, K: 
                FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
                PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
                SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-               SLOTS: tl.constexpr, SHARED: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
+               UNROLL: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
     """ROWS rows of the expert's matrix times the pairs: all of K, or if SPLIT this program's chunk."""
     rows = tl.arange(0, ROWS)
     tiles = (n + 63) // 64
@@ -113,12 +113,13 @@ def expert_sum(w, h, s, shifts, x, expert, pair, pair_mask, pn, n, x_stride, K: 
         x += (pair % SLOTS * K)[None, :]
     if CHUNKS == 1 or SPLIT:
         return chunk_sum(w, h, s, shifts, x, pair_mask, tile, row, tl.program_id(2), K, FORMAT, BLOCK, STEP,
-                         CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES, PORTABLE)  # fmt: skip
+                         CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES, UNROLL,
+                         PORTABLE)  # fmt: skip
     else:
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
         for chunk in range(CHUNKS):
             total += chunk_sum(w, h, s, shifts, x, pair_mask, tile, row, chunk, K, FORMAT, BLOCK, STEP,
-                               CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
+                               CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES, UNROLL,
                                PORTABLE)  # fmt: skip
         return total
 
@@ -128,7 +129,8 @@ def product(w, h, s, shifts, x, y, bias, experts, order, tiles, partials, counte
             y_stride, K: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
             CHUNKS: tl.constexpr, PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr,
             HEADER: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-            STAGES: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr,
+            STAGES: tl.constexpr, UNROLL: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+            WIDTH: tl.constexpr,
             PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
             PORTABLE: tl.constexpr):  # fmt: skip
     """Programs: (row tiles of an expert, pairs, chunks if SPLIT); with WIDTH, for what `sort` has put
@@ -154,7 +156,7 @@ def product(w, h, s, shifts, x, y, bias, experts, order, tiles, partials, counte
         pair_mask = (place < left)[None, :]
     bias += expert * n
     total = expert_sum(w, h, s, shifts, x, expert, pair, pair_mask, pn, n, x_stride, K, FORMAT, BLOCK, STEP,
-                       CHUNKS, PLANES, HIGH, SHARE, HEADER, SPLIT, ROWS, TOKENS, STAGES, SLOTS, SHARED,
+                       CHUNKS, PLANES, HIGH, SHARE, HEADER, SPLIT, ROWS, TOKENS, STAGES, UNROLL, SLOTS, SHARED,
                        PORTABLE)  # fmt: skip
     if CHUNKS == 1 or not SPLIT:
         finish(total, y, bias, pair, pair_mask, y_stride, n, pn, SLOTS, PAIRED, GLU, BIAS, ROWS, TOKENS)

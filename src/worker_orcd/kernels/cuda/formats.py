@@ -176,11 +176,11 @@ def q6_scaled(q, words, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def load_weights(w, h, s, rows, part, PARTS: tl.constexpr, HEADER: tl.constexpr, HIGH: tl.constexpr):
+def load_weights(w, h, s, rows, shift, part, PARTS: tl.constexpr, HEADER: tl.constexpr, HIGH: tl.constexpr):
     """A step's words, high words, and header: five words a row, as many as there are.
 
     `rows` is each row's place in its tile; two of them share the last header word if HEADER is not a
-    multiple of four bytes. If a header is for two steps (PARTS), `part` says which of them this is: then the
+    multiple of four bytes: `shift` is how far each row's half is up. If a header is for two steps (PARTS), `part` says which of them this is: then the
     first words are that step's own.
     """
     words = tl.load(w)
@@ -208,7 +208,7 @@ def load_weights(w, h, s, rows, part, PARTS: tl.constexpr, HEADER: tl.constexpr,
     if HEADER >= 20:
         s4 = tl.load(s + 256)
     if HEADER % 4:
-        last = tl.load(s + HEADER // 4 * 64 - rows + rows // 2) >> (rows % 2 * 16)
+        last = tl.load(s + HEADER // 4 * 64 - rows + rows // 2) >> shift
         if HEADER == 2:
             s0 = last
         elif HEADER == 14:

@@ -27,12 +27,13 @@ from worker_orcd.kernels.cuda.overlap import ask, release, wait
 def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr, FORMAT: tl.constexpr,
               BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr, PLANES: tl.constexpr,
               HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr,
-              TOKENS: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+              TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, PORTABLE: tl.constexpr,
               OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
     """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]
 
     With OVERLAP weights are asked for before activations are there: those of EARLY steps into registers, and,
-    if ASKED, those of the others to the L2 cache.
+    if ASKED, those of the others to the L2 cache. UNROLL steps are taken at a time: it divides those that
+    are not EARLY.
     """
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     WIDTH: tl.constexpr = STEP // PLANES
@@ -46,13 +47,14 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
     sp = s + first // PARTS * (16 * HEADER) + row
     xp = x + chunk * (COUNT * STEP) + column[:, None]
     # Read, not computed: Triton takes an operand to registers only if it all comes from loads.
+    half = tl.load(shifts + 64 + row).to(tl.uint32)
     shift = tl.load(shifts + row)
     shift = tl.broadcast_to(shift[:, None], (ROWS, WIDTH))
     left = K - chunk * (COUNT * STEP)
     early = ()
     for i in tl.static_range(EARLY):
         at = (chunk * COUNT + i) % PARTS
-        early = early + (load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH),)
+        early = early + (load_weights(wp, hp, sp, row, half, at, PARTS, HEADER, HIGH),)
         wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
     if ASKED:
         ask_rest(w, h, s, tl.program_id(0), chunk, STEPS, COUNT, EARLY, PARTS, WIDTH, HIGH, SHARE, HEADER,
@@ -66,14 +68,15 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
         acc = multiply(acc, early[i], shift, columns[i], FORMAT, ROWS, WIDTH, PORTABLE)
     xp += EARLY * STEP
     left -= EARLY * STEP
-    for i in tl.range(0, COUNT - EARLY, num_stages=STAGES):
-        at = (chunk * COUNT + EARLY + i) % PARTS
-        weights = load_weights(wp, hp, sp, row, at, PARTS, HEADER, HIGH)
-        some = load_x(xp, token_mask, left, PLANES, WIDTH, TAIL)
-        acc = multiply(acc, weights, shift, some, FORMAT, ROWS, WIDTH, PORTABLE)
-        wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
-        xp += STEP
-        left -= STEP
+    for i in tl.range(0, (COUNT - EARLY) // UNROLL, num_stages=STAGES):
+        for j in tl.static_range(UNROLL):
+            at = (chunk * COUNT + EARLY + i * UNROLL + j) % PARTS
+            weights = load_weights(wp, hp, sp, row, half, at, PARTS, HEADER, HIGH)
+            some = load_x(xp, token_mask, left, PLANES, WIDTH, TAIL)
+            acc = multiply(acc, weights, shift, some, FORMAT, ROWS, WIDTH, PORTABLE)
+            wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
+            xp += STEP
+            left -= STEP
     release(OVERLAP)
     return acc
 
@@ -207,8 +210,8 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
            FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
            PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
            SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-           PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-           PORTABLE: tl.constexpr, HEAD: tl.constexpr = 0, HEADS: tl.constexpr = 0,
+           UNROLL: tl.constexpr, PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, PORTABLE: tl.constexpr, HEAD: tl.constexpr = 0, HEADS: tl.constexpr = 0,
            KV_HEADS: tl.constexpr = 0, CACHE_BLOCK: tl.constexpr = 0, ROTATED: tl.constexpr = False,
            OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
     """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
@@ -226,14 +229,14 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
     xp = x + token[None, :] * K
     if CHUNKS == 1 or SPLIT:
         total = chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, tl.program_id(2), K, FORMAT, BLOCK,
-                          STEP, CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
+                          STEP, CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES, UNROLL,
                           PORTABLE, OVERLAP, EARLY, ASKED)  # fmt: skip
     else:
         wait(OVERLAP)
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
         for chunk in range(CHUNKS):
             total += chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, chunk, K, FORMAT, BLOCK, STEP,
-                               CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES,
+                               CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES, UNROLL,
                                PORTABLE)  # fmt: skip
     if CHUNKS == 1 or not SPLIT:
         finish(total, y, bias, residual, n, tokens, stride, cache, positions, slots, table, values, token, pn,

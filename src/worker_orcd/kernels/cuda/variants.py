@@ -66,6 +66,7 @@ class Tile:
     warps: int
     stages: int  # steps in flight
     split: bool = False  # a program a chunk
+    unroll: int = 1  # steps at a time: divides those of a chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +122,7 @@ class Variant:
             "ROWS": tile.rows,
             "TOKENS": tile.tokens,
             "STAGES": tile.stages,
+            "UNROLL": tile.unroll,
             "PAIRED": epilogue.paired,
             "GLU": "" if epilogue.glu is None else epilogue.glu.value,
             "BIAS": epilogue.bias,

@@ -43,7 +43,7 @@ class PackedMatrix:
     words: torch.Tensor
     high: torch.Tensor  # `words` where there are none: a kernel must be given something
     headers: torch.Tensor  # likewise
-    shifts: torch.Tensor  # (64,) uint16: how far each row's bits are up in its high word
+    shifts: torch.Tensor  # (2, 64) uint16: how far each row's bits are up in its high word, and in its header's last
     paired: bool = False  # rows have been put in another order: see `alternate`
     head: int = 0  # likewise, within each head of so many rows
 
@@ -155,7 +155,8 @@ def upload(
     sections = layout.sections(n, shape.k, shape.step)
     _, high, headers = sections.starts
     words = packed[:high].view(_WORDS.get(shape.format, torch.uint16))
-    shifts = torch.arange(TILE, device=packed.device) % layout.share * layout.high_bits
+    row = torch.arange(TILE, device=packed.device)
+    shifts = torch.stack([row % layout.share * layout.high_bits, row % 2 * 16])
     return PackedMatrix(
         shape=shape,
         n=n,
