@@ -32,41 +32,52 @@ class Candidate:
     def __str__(self) -> str:
         tile = self.tile
         chunks = f" S{self.chunks}" if self.chunks else ""
+        if tile.ahead:
+            return f"stream {tile.rows}x{tile.tokens} w{tile.warps} a{tile.ahead}{chunks}"
         split = " split" if tile.split else ""
         return f"{tile.rows}x{tile.tokens} w{tile.warps} s{tile.stages} u{tile.unroll}{split}{chunks}"
 
 
 # rows, tokens, warps, stages, steps at a time
-_ONE = (
-    (64, 16, 4, 4, 1), (64, 16, 4, 8, 1), (64, 16, 4, 3, 3), (64, 16, 4, 4, 3), (64, 16, 4, 6, 3),
-    (64, 16, 4, 3, 5), (64, 16, 4, 4, 5), (128, 16, 4, 4, 3), (128, 16, 8, 4, 3), (128, 16, 4, 3, 5),
+_ONE = ((64, 16, 4, 4, 3), (64, 16, 4, 3, 5), (64, 16, 4, 6, 3), (128, 16, 4, 4, 3))
+_SEVERAL = ((64, 16, 4, 4, 3), (128, 16, 4, 3, 3), (128, 16, 4, 4, 3), (256, 16, 8, 3, 3))
+_DOZENS = ((64, 32, 4, 3, 3), (128, 32, 4, 3, 3), (128, 32, 8, 3, 3), (256, 32, 8, 3, 3))
+_MORE = ((128, 64, 8, 3, 1), (128, 64, 8, 3, 3), (128, 64, 4, 3, 3), (64, 64, 4, 3, 3))
+_MANY = ((128, 128, 8, 3, 1), (128, 128, 8, 2, 3), (64, 128, 4, 3, 3))
+# rows, tokens, warps, steps ahead
+_STREAM_ONE = (
+    (64, 8, 4, 5), (64, 8, 4, 9), (64, 8, 4, 15), (32, 8, 2, 9), (32, 8, 2, 15), (128, 8, 8, 5),
+    (128, 8, 8, 9), (128, 8, 4, 5), (64, 8, 2, 5), (128, 8, 4, 3),
 )  # fmt: skip
-_SEVERAL = (
-    (64, 16, 4, 4, 1), (64, 16, 4, 3, 3), (64, 16, 4, 4, 3), (64, 16, 4, 3, 5), (128, 16, 4, 3, 3),
-    (128, 16, 4, 4, 3), (128, 16, 8, 3, 3), (128, 16, 4, 3, 5), (256, 16, 8, 3, 3),
+_STREAM_FEW = (
+    (64, 16, 4, 5), (64, 16, 4, 9), (64, 8, 4, 9), (128, 16, 8, 5), (128, 16, 8, 9), (128, 16, 4, 5),
+    (128, 16, 4, 3), (256, 16, 8, 3), (256, 16, 8, 5), (128, 8, 8, 5),
 )  # fmt: skip
-_DOZENS = (
-    (64, 32, 4, 3, 1), (64, 32, 4, 3, 3), (128, 32, 4, 3, 1), (128, 32, 4, 3, 3), (128, 32, 8, 3, 3),
-    (128, 32, 4, 2, 5), (256, 32, 8, 3, 3),
+_STREAM_DOZENS = ((128, 16, 8, 9), (128, 32, 8, 5), (128, 32, 8, 9), (256, 32, 8, 3), (128, 32, 4, 3))
+_STREAM_MORE = ((128, 32, 8, 5), (256, 32, 8, 3))
+# tokens, entries of a tile, tiles that go through shared memory, tiles that go to registers
+PLAN = (
+    (1, 0, _ONE, _STREAM_ONE), (4, 0, (), _STREAM_ONE[:3]), (16, 16, (), _STREAM_FEW[:4]),
+    (64, 16, _SEVERAL, _STREAM_FEW), (128, 32, _DOZENS, _STREAM_DOZENS), (256, 64, _MORE, _STREAM_MORE),
+    (2048, 128, _MANY, ()),
 )  # fmt: skip
-_MORE = (
-    (128, 64, 8, 3, 1), (128, 64, 8, 3, 3), (128, 64, 4, 3, 1), (128, 64, 4, 3, 3), (128, 64, 4, 2, 3),
-    (64, 64, 4, 3, 3),
-)  # fmt: skip
-_MANY = (
-    (128, 128, 8, 3, 1), (128, 128, 8, 3, 3), (128, 128, 8, 2, 3), (128, 128, 4, 3, 1), (64, 128, 4, 3, 3),
-)  # fmt: skip
-# tokens, entries of a tile, tiles
-PLAN = ((1, 0, _ONE), (64, 16, _SEVERAL), (128, 32, _DOZENS), (256, 64, _MORE), (2048, 128, _MANY))
-_CHUNKS = {"gate_up": (1, 3, 5), "down": (1, 3, 5, 9)}  # that are tried for one token
+_CHUNKS = {"gate_up": (3, 5), "down": (1, 5)}  # that are tried for one token
 
 
-def candidates(what: str, tokens: int, tiles: tuple[tuple[int, ...], ...]) -> Iterator[Candidate]:
-    """Tiles under the contract; for one token other numbers of chunks too, under a few tiles."""
+def candidates(
+    what: str, tokens: int, tiles: tuple[tuple[int, ...], ...], streams: tuple[tuple[int, ...], ...]
+) -> Iterator[Candidate]:
+    """Tiles under the contract; for one token other numbers of chunks too, under one tile."""
+    for rows, columns, warps, ahead in streams:
+        if ahead in (3, 5, 15) or what == "gate_up":  # it divides the 45 or 15 steps of a chunk
+            yield Candidate(Tile(rows=rows, tokens=columns, warps=warps, stages=1, ahead=ahead))
+        if what == "down":
+            tile = Tile(rows=rows, tokens=columns, warps=warps, stages=1, ahead=ahead)
+            yield Candidate(tile, 1)
     for rows, columns, warps, stages, unroll in tiles:
         tile = Tile(rows=rows, tokens=columns, warps=warps, stages=stages, unroll=unroll)
         yield Candidate(tile)
-        if tokens == 1 and (rows, columns, warps, stages, unroll) in (_ONE[3], _ONE[2], _ONE[7]):
+        if tokens == 1 and (rows, columns, warps, stages, unroll) == _ONE[0]:
             for chunks in _CHUNKS[what]:
                 yield Candidate(tile, chunks)
 
@@ -94,7 +105,7 @@ class Trial:
             chunks = candidate.chunks or weight.shape.chunks
             shape = dataclasses.replace(weight.shape, chunks=chunks)
             weight = dataclasses.replace(weight, matrix=dataclasses.replace(weight.matrix, shape=shape))
-            split = self.width == 0 and chunks > 1
+            split = self.width == 0 and chunks > 1 and not candidate.tile.ahead
             tile = dataclasses.replace(candidate.tile, split=split)
         experts, order = self.steps[step]
         products = self.layer.products
@@ -133,12 +144,12 @@ def variants(session: Session) -> None:
     layer.products.reserve(layer.gate_up, 64, 4 * layer.model.slots)  # room for any number of chunks
     layer.products.reserve(layer.down, 64, 4 * layer.model.slots)
     found: dict[str, Any] = {}
-    for tokens, width, tiles in PLAN:
+    for tokens, width, tiles, streams in PLAN:
         sizes = layer.bytes(tokens)
         for what in ("gate_up", "down"):
             trial = Trial(layer, what, tokens, width)
             times: list[tuple[float, str]] = []
-            for candidate in (None, *candidates(what, tokens, tiles)):
+            for candidate in (None, *candidates(what, tokens, tiles, streams)):
                 label = "chosen" if candidate is None else str(candidate)
                 try:
                     bad = trial.differing(candidate)
@@ -146,9 +157,10 @@ def variants(session: Session) -> None:
                         session.fail(f"DIFFERS {what} T={tokens} {label}: {bad} words")
                     times.append((trial.microseconds(candidate), label))
                 except Exception as error:  # too much shared memory: Triton's own error type
+                    if session.recording:
+                        raise
                     session.say(f"  {what} T={tokens} {label}: {type(error).__name__} {str(error)[:80]}")
-                    if not session.recording:
-                        traceback.print_exc(limit=-3)
+                    traceback.print_exc(limit=-3)
             times.sort()
             key = f"{what} T={tokens} by {width}"
             found[key] = {"us": times, "bytes": sizes[what]}

@@ -81,8 +81,13 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
     module = importlib.import_module(f"worker_orcd.kernels.cuda.{kernel.module}")
-    source = compiler.ASTSource(
-        fn=getattr(module, kernel.function),
+    function = getattr(module, kernel.function)
+    if function.is_gluon():
+        source_type = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    else:
+        source_type = compiler.ASTSource
+    source = source_type(
+        fn=function,
         signature=dict(kernel.arguments) | {name: "constexpr" for name, _ in kernel.constants},
         constexprs=dict(kernel.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in kernel.aligned_arguments},

@@ -52,6 +52,8 @@ class ExpertVariant:
     portable: bool = False
 
     def kernel(self) -> Kernel:
+        if self.tile.ahead:
+            return self._streamed()
         dense = Variant(
             shape=self.shape, tile=self.tile, epilogue=Epilogue(bias=self.bias), portable=self.portable
         )
@@ -78,6 +80,35 @@ class ExpertVariant:
             warps=self.tile.warps,
             stages=self.tile.stages,
             fused=False,  # a gated unit has the bits that `elementwise` gives it
+        )
+
+    def _streamed(self) -> Kernel:
+        arguments = {
+            "w": "*u16", "s": "*u32", "x": f"*{self.shape.operand}", "y": f"*{self.out}", "bias": "*fp32",
+            "experts": "*i32", "order": "*i32", "tiles": "*i32", "n": "i32", "pairs": "i32",
+            "x_stride": "i32", "y_stride": "i32",
+        }  # fmt: skip
+        constants: dict[str, Any] = {
+            "K": self.shape.k,
+            "CHUNKS": self.shape.chunks,
+            "ROWS": self.tile.rows,
+            "TOKENS": self.tile.tokens,
+            "AHEAD": self.tile.ahead,
+            "SLOTS": self.slots,
+            "SHARED": self.shared,
+            "WIDTH": self.width,
+            "PAIRED": self.paired,
+            "GLU": "" if self.glu is None else self.glu.value,
+            "BIAS": self.bias,
+        }
+        return Kernel(
+            module="expert_stream",
+            function="stream",
+            arguments=tuple(arguments.items()),
+            constants=tuple(constants.items()),
+            aligned=self.aligned,
+            warps=self.tile.warps,
+            fused=False,
         )
 
 
@@ -198,6 +229,14 @@ class ExpertProducts:
         programs = pairs if order is None else order.num_tiles * (width // tile.tokens)
         grid = -(-weight.n // tile.rows), programs, weight.shape.chunks if tile.split else 1
         matrix = weight.matrix
+        if tile.ahead:
+            self._kernels.launch(
+                variant.kernel(), grid, matrix.words, matrix.headers, x, out,
+                out if weight.bias is None else weight.bias, experts,
+                experts if order is None else order.entries, experts if order is None else order.tiles,
+                weight.n, pairs, sizes["x_stride"], sizes["y_stride"],
+            )  # fmt: skip
+            return out
         self._kernels.launch(
             variant.kernel(), grid,
             matrix.words, matrix.high, matrix.headers, matrix.shifts, x, out,

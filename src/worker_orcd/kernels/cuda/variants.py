@@ -67,6 +67,7 @@ class Tile:
     stages: int  # steps in flight
     split: bool = False  # a program a chunk
     unroll: int = 1  # steps at a time: divides those of a chunk
+    ahead: int = 0  # of experts: steps on their way to registers, see `expert_stream`; divides a chunk's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
