@@ -1,4 +1,4 @@
-"""Which kernel is fastest for GPT-OSS-20B's experts: the part `variants` of gpu_experts.py.
+"""Which kernel is fastest for GPT-OSS-20B's experts: the parts `variants` and `streams` of gpu_experts.py.
 
 Each variant's bits are compared with those of the tile that is chosen, or, of another number of chunks, with
 those of the first variant that has it; then it is timed. One that fails does not hide the others.
@@ -38,48 +38,43 @@ class Candidate:
         return f"{tile.rows}x{tile.tokens} w{tile.warps} s{tile.stages} u{tile.unroll}{split}{chunks}"
 
 
-# rows, tokens, warps, stages, steps at a time
-_ONE = ((64, 16, 4, 4, 3), (64, 16, 4, 3, 5), (64, 16, 4, 6, 3), (128, 16, 4, 4, 3))
+# Through shared memory: rows, tokens, warps, stages, steps at a time.
+_ONE = ((64, 16, 4, 4, 3), (64, 16, 4, 3, 5), (128, 16, 4, 4, 3))
 _SEVERAL = ((64, 16, 4, 4, 3), (128, 16, 4, 3, 3), (128, 16, 4, 4, 3), (256, 16, 8, 3, 3))
-_DOZENS = ((64, 32, 4, 3, 3), (128, 32, 4, 3, 3), (128, 32, 8, 3, 3), (256, 32, 8, 3, 3))
-_MORE = ((128, 64, 8, 3, 1), (128, 64, 8, 3, 3), (128, 64, 4, 3, 3), (64, 64, 4, 3, 3))
-_MANY = ((128, 128, 8, 3, 1), (128, 128, 8, 2, 3), (64, 128, 4, 3, 3))
-# rows, tokens, warps, steps ahead
-_STREAM_ONE = (
-    (64, 8, 4, 5), (64, 8, 4, 9), (64, 8, 4, 15), (32, 8, 2, 9), (32, 8, 2, 15), (128, 8, 8, 5),
-    (128, 8, 8, 9), (128, 8, 4, 5), (64, 8, 2, 5), (128, 8, 4, 3),
+_DOZENS = ((128, 32, 4, 3, 3), (128, 32, 8, 3, 3), (256, 32, 8, 3, 3))
+_MORE = ((128, 64, 8, 3, 3), (128, 64, 4, 3, 3), (64, 64, 4, 3, 3))
+_MANY = ((128, 128, 8, 2, 3), (64, 128, 4, 3, 3))
+# To registers: rows, tokens, warps, steps ahead.
+_STREAM_ONE = ((64, 8, 4, 5), (64, 8, 4, 9), (64, 8, 4, 15), (32, 8, 2, 15), (128, 8, 4, 5))
+_STREAM_SEVERAL = (
+    (64, 16, 4, 5), (128, 16, 8, 5), (128, 16, 8, 9), (128, 16, 4, 5), (256, 16, 8, 3), (128, 8, 8, 5),
 )  # fmt: skip
-_STREAM_FEW = (
-    (64, 16, 4, 5), (64, 16, 4, 9), (64, 8, 4, 9), (128, 16, 8, 5), (128, 16, 8, 9), (128, 16, 4, 5),
-    (128, 16, 4, 3), (256, 16, 8, 3), (256, 16, 8, 5), (128, 8, 8, 5),
+_STREAM_DOZENS = ((128, 16, 8, 9), (128, 32, 8, 5), (256, 32, 8, 3))
+# tokens, entries of a sorted tile, tiles
+TILES = ((1, 0, _ONE), (64, 16, _SEVERAL), (128, 32, _DOZENS), (256, 64, _MORE), (2048, 128, _MANY))
+STREAMS = (
+    (1, 0, _STREAM_ONE), (4, 0, _STREAM_ONE[:1]), (4, 16, _STREAM_SEVERAL[:1]), (8, 16, _STREAM_SEVERAL[:2]),
+    (16, 16, _STREAM_SEVERAL[:3]), (64, 16, _STREAM_SEVERAL), (128, 32, _STREAM_DOZENS),
+    (256, 32, _STREAM_DOZENS[1:]),
 )  # fmt: skip
-_STREAM_DOZENS = ((128, 16, 8, 9), (128, 32, 8, 5), (128, 32, 8, 9), (256, 32, 8, 3), (128, 32, 4, 3))
-_STREAM_MORE = ((128, 32, 8, 5), (256, 32, 8, 3))
-# tokens, entries of a tile, tiles that go through shared memory, tiles that go to registers
-PLAN = (
-    (1, 0, _ONE, _STREAM_ONE), (4, 0, (), _STREAM_ONE[:3]), (16, 16, (), _STREAM_FEW[:4]),
-    (64, 16, _SEVERAL, _STREAM_FEW), (128, 32, _DOZENS, _STREAM_DOZENS), (256, 64, _MORE, _STREAM_MORE),
-    (2048, 128, _MANY, ()),
-)  # fmt: skip
-_CHUNKS = {"gate_up": (3, 5), "down": (1, 5)}  # that are tried for one token
+_CHUNKS = {"gate_up": (3,), "down": (1,)}  # that are tried for one token, beside the contract's
+Plan = tuple[tuple[int, int, tuple[tuple[int, ...], ...]], ...]
 
 
-def candidates(
-    what: str, tokens: int, tiles: tuple[tuple[int, ...], ...], streams: tuple[tuple[int, ...], ...]
-) -> Iterator[Candidate]:
-    """Tiles under the contract; for one token other numbers of chunks too, under one tile."""
-    for rows, columns, warps, ahead in streams:
-        if ahead in (3, 5, 15) or what == "gate_up":  # it divides the 45 or 15 steps of a chunk
-            yield Candidate(Tile(rows=rows, tokens=columns, warps=warps, stages=1, ahead=ahead))
-        if what == "down":
-            tile = Tile(rows=rows, tokens=columns, warps=warps, stages=1, ahead=ahead)
-            yield Candidate(tile, 1)
-    for rows, columns, warps, stages, unroll in tiles:
-        tile = Tile(rows=rows, tokens=columns, warps=warps, stages=stages, unroll=unroll)
-        yield Candidate(tile)
-        if tokens == 1 and (rows, columns, warps, stages, unroll) == _ONE[0]:
-            for chunks in _CHUNKS[what]:
-                yield Candidate(tile, chunks)
+def candidates(what: str, tokens: int, tiles: tuple[tuple[int, ...], ...]) -> Iterator[Candidate]:
+    """Tiles under the contract; of some, other numbers of chunks too."""
+    for numbers in tiles:
+        rows, columns, warps, stages, *rest = numbers
+        if rest:
+            tile = Tile(rows=rows, tokens=columns, warps=warps, stages=stages, unroll=rest[0])
+            others = _CHUNKS[what] if tokens == 1 and numbers == _ONE[0] else ()
+        else:
+            tile = Tile(rows=rows, tokens=columns, warps=warps, stages=1, ahead=stages)
+            others = _CHUNKS[what] if what == "down" and (tokens == 1 or stages == 9) else ()
+        if tile.ahead != 9 or what == "gate_up":  # it divides the steps of a chunk
+            yield Candidate(tile)
+        for chunks in others:
+            yield Candidate(tile, chunks)
 
 
 class Trial:
@@ -138,33 +133,41 @@ class Trial:
 
 
 def variants(session: Session) -> None:
+    """Tiles of the kernel that serves everything."""
+    compare(session, TILES)
+
+
+def streams(session: Session) -> None:
+    """Tiles of the kernel for a few tokens an expert."""
+    compare(session, STREAMS)
+
+
+def compare(session: Session, plan: Plan) -> None:
     """By product and number of tokens: microseconds, fastest first, and the share of copy bandwidth."""
     copy = session.copy_bandwidth()
     layer = Layer(session, MODELS[0])
-    layer.products.reserve(layer.gate_up, 64, 4 * layer.model.slots)  # room for any number of chunks
-    layer.products.reserve(layer.down, 64, 4 * layer.model.slots)
     found: dict[str, Any] = {}
-    for tokens, width, tiles, streams in PLAN:
+    for tokens, width, tiles in plan:
         sizes = layer.bytes(tokens)
         for what in ("gate_up", "down"):
             trial = Trial(layer, what, tokens, width)
             times: list[tuple[float, str]] = []
-            for candidate in (None, *candidates(what, tokens, tiles, streams)):
+            for candidate in (None, *candidates(what, tokens, tiles)):
                 label = "chosen" if candidate is None else str(candidate)
                 try:
                     bad = trial.differing(candidate)
                     if bad:
-                        session.fail(f"DIFFERS {what} T={tokens} {label}: {bad} words")
+                        session.fail(f"DIFFERS {what} T={tokens} by {width} {label}: {bad} words")
                     times.append((trial.microseconds(candidate), label))
                 except Exception as error:  # too much shared memory: Triton's own error type
                     if session.recording:
                         raise
-                    session.say(f"  {what} T={tokens} {label}: {type(error).__name__} {str(error)[:80]}")
+                    session.fail(f"FAILED {what} T={tokens} by {width} {label}: {type(error).__name__}")
                     traceback.print_exc(limit=-3)
             times.sort()
             key = f"{what} T={tokens} by {width}"
             found[key] = {"us": times, "bytes": sizes[what]}
-            session.save("variants", found)
+            session.save(f"tiles of {len(plan)}", found)
             session.say(f"{key}: {sizes[what] / 1e6:.1f} MB, at copy {sizes[what] / 1000 / copy:.1f} µs")
             for micro, label in times:
                 share = sizes[what] / 1000 / micro / copy

@@ -5,7 +5,7 @@ a step goes, and how fast.
     python benchmarks/gpu_experts.py                      # checks and figures, about a minute and a half
     python benchmarks/gpu_experts.py --only correct same
     python benchmarks/gpu_experts.py --only tune          # which tile is fastest for few and for many tokens
-    python benchmarks/gpu_experts.py --only variants      # GPT-OSS-20B's: many more of them
+    python benchmarks/gpu_experts.py --only variants streams   # many more of them, GPT-OSS-20B's
 
 Needs a GPU, torch, triton and numpy, and no network. Each part is run twice: first without launching, to
 know its kernels, which are then compiled by many processes. Checks are against float64 on the same weights;
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from gpu_expert_times import WIDTHS, measure, random_experts, tune
-from gpu_expert_tune import variants
+from gpu_expert_tune import streams, variants
 from gpu_session import Session, parser_of, run_parts
 from gpu_weights import random_rows
 from worker_orcd.kernels.backend import CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT, Glu, Matrix
@@ -252,6 +252,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "fast": measure,
     "tune": tune,
     "variants": variants,
+    "streams": streams,
 }
 
 
