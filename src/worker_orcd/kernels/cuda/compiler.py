@@ -59,6 +59,7 @@ class Kernel:
     warps: int = 4
     stages: int = 3
     fused: bool = True  # products may be fused with the sums they go into, as the compiler likes
+    gluon: bool = False  # written in Gluon
 
     @property
     def aligned_arguments(self) -> tuple[int, ...]:
@@ -81,13 +82,11 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
     module = importlib.import_module(f"worker_orcd.kernels.cuda.{kernel.module}")
-    function = getattr(module, kernel.function)
-    if function.is_gluon():
+    source_type = compiler.ASTSource
+    if kernel.gluon:
         source_type = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
-    else:
-        source_type = compiler.ASTSource
     source = source_type(
-        fn=function,
+        fn=getattr(module, kernel.function),
         signature=dict(kernel.arguments) | {name: "constexpr" for name, _ in kernel.constants},
         constexprs=dict(kernel.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in kernel.aligned_arguments},

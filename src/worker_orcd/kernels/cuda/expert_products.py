@@ -1,25 +1,31 @@
 """
 Running products with the matrices of experts: which way a step goes, tiles, launches, and scratch memory.
 
-Up to `MAX_PAIR_TOKENS` tokens a program has one token; beyond, `sort` puts the tokens of an expert together
-first. Either way, and whatever the tile, the bits are the same. Importing this needs neither Triton nor a
-GPU.
+For a few tokens a program has one of them, and may be `expert_stream`'s; for more, `sort` puts the tokens of
+an expert together first. Either way, and whatever the tile, the bits are the same. Importing this needs
+neither Triton nor a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from worker_orcd.kernels.backend import Glu
-from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernel, Kernels
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts
 from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant, choose_tile
 
-MAX_PAIR_TOKENS = 8  # from more on, an expert's weights would be read too often
+MAX_PAIR_TOKENS = 8  # from more on, an expert's weights would be read too often: see `goes_by_pairs`
+STREAM_CAPABILITY, STREAM_TRITON = 90, "3.6."  # what `expert_stream` was checked with
+LONGEST_STREAM = 4096  # columns
+_MOST_AHEAD, _MORE_AHEAD = 5, 15  # steps on their way to registers; more where programs are few
+_FEW_PROGRAMS = 264  # two for each multiprocessor of an H100
 NARROWEST = 16  # tokens of an expert that a program takes together
 _BLOCKS = ((512, 4), (2048, 8), (8192, 16))  # pairs that a program of `sort` looks at together, and its warps
 _OUT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -50,6 +56,7 @@ class ExpertVariant:
     out: str = "fp32"
     aligned: tuple[str, ...] = ("n", "x_stride", "y_stride")  # arguments that are multiples of 16
     portable: bool = False
+    overlap: int = 0  # see `overlap`
 
     def kernel(self) -> Kernel:
         if self.tile.ahead:
@@ -69,6 +76,7 @@ class ExpertVariant:
             "WIDTH": self.width,
             "PAIRED": self.paired,
             "GLU": "" if self.glu is None else self.glu.value,
+            "OVERLAP": self.overlap,
         }
         del constants["RESIDUAL"]
         return Kernel(
@@ -85,8 +93,7 @@ class ExpertVariant:
     def _streamed(self) -> Kernel:
         arguments = {
             "w": "*u16", "s": "*u32", "x": f"*{self.shape.operand}", "y": f"*{self.out}", "bias": "*fp32",
-            "experts": "*i32", "order": "*i32", "tiles": "*i32", "n": "i32", "pairs": "i32",
-            "x_stride": "i32", "y_stride": "i32",
+            "experts": "*i32", "n": "i32", "x_stride": "i32", "y_stride": "i32",
         }  # fmt: skip
         constants: dict[str, Any] = {
             "K": self.shape.k,
@@ -96,10 +103,10 @@ class ExpertVariant:
             "AHEAD": self.tile.ahead,
             "SLOTS": self.slots,
             "SHARED": self.shared,
-            "WIDTH": self.width,
             "PAIRED": self.paired,
             "GLU": "" if self.glu is None else self.glu.value,
             "BIAS": self.bias,
+            "OVERLAP": self.overlap,
         }
         return Kernel(
             module="expert_stream",
@@ -109,6 +116,7 @@ class ExpertVariant:
             aligned=self.aligned,
             warps=self.tile.warps,
             fused=False,
+            gluon=True,
         )
 
 
@@ -117,10 +125,34 @@ def choose_width(pairs: int, num_experts: int) -> int:
     return next((width for width in (16, 32, 64) if 1.5 * pairs <= width * num_experts), 128)
 
 
-def choose_expert_tile(shape: Shape, n: int, pairs: int, width: int, capability: int = 90) -> Tile:
-    """The tile of a product of `pairs` that are sorted into tiles of `width`, or 0 for a program a pair."""
+def goes_by_pairs(tokens: int, slots: int, num_experts: int) -> bool:
+    """Whether a step is not sorted: hardly an expert is chosen twice. Measured, see docs/perf/gpu.md."""
+    return tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * tokens * slots <= num_experts)
+
+
+@cache
+def can_stream(capability: int) -> bool:
+    """Whether there is `expert_stream`: Gluon is an experiment of Triton's, which changes with it."""
+    try:
+        return capability == STREAM_CAPABILITY and version("triton").startswith(STREAM_TRITON)
+    except PackageNotFoundError:
+        return False
+
+
+def choose_expert_tile(
+    shape: Shape, n: int, pairs: int, width: int, capability: int = 90, *, streamed: bool = False
+) -> Tile:
+    """The tile of a product of `pairs` that are sorted into tiles of `width`, or 0 for a program a pair.
+
+    `streamed`: it may be `expert_stream`'s. By what was fastest on an H100: `benchmarks/gpu_expert_tune.py`.
+    """
     if width == 0:
+        ahead = _steps_ahead(shape, n, pairs) if streamed else 0
+        if ahead:
+            return Tile(rows=64, tokens=8, warps=4, stages=1, ahead=ahead)
         return choose_tile(shape, n, 1, capability)
+    if width < 128 and shape.format == "MXFP4" and capability == 90 and shape.steps_of_chunk % 3 == 0:
+        return Tile(rows=128, tokens=width, warps=4, stages=3, unroll=3)
     tile = choose_tile(shape, n, width if width < 128 else max(pairs, 128), capability)
     tokens = tile.tokens
     if shape.chunks > 1 and shape.layout.high_bits:
@@ -128,13 +160,22 @@ def choose_expert_tile(shape: Shape, n: int, pairs: int, width: int, capability:
     return dataclasses.replace(tile, tokens=tokens, split=False)
 
 
-def sort_kernel(pairs: int, width: int) -> Kernel:
+def _steps_ahead(shape: Shape, n: int, pairs: int) -> int:
+    """Of `expert_stream`, or 0 where it is not for this shape."""
+    if shape.format != "MXFP4" or shape.step != 64 or shape.k % 64 or shape.k > LONGEST_STREAM:
+        return 0
+    few = pairs * -(-n // 64) <= _FEW_PROGRAMS
+    most = min(_MORE_AHEAD if few else _MOST_AHEAD, shape.steps_of_chunk)
+    return next(ahead for ahead in range(most, 0, -1) if shape.steps_of_chunk % ahead == 0)
+
+
+def sort_kernel(pairs: int, width: int, overlap: int = 0) -> Kernel:
     block, warps = next((one for one in _BLOCKS if pairs <= one[0]), _BLOCKS[-1])
     return Kernel(
         module="experts",
         function="sort",
         arguments=(("experts", "*i32"), ("order", "*i32"), ("tiles", "*i32"), ("pairs", "i32")),
-        constants=(("WIDTH", width), ("BLOCK", block), ("COUNT", -(-pairs // block))),
+        constants=(("WIDTH", width), ("BLOCK", block), ("COUNT", -(-pairs // block)), ("OVERLAP", overlap)),
         warps=warps,
     )
 
@@ -177,7 +218,7 @@ class ExpertProducts:
         """
         tokens, slots = experts.shape
         pairs = tokens * slots
-        if width is None and tokens <= MAX_PAIR_TOKENS:
+        if width is None and goes_by_pairs(tokens, slots, num_experts):
             return None
         width = width or choose_width(pairs, num_experts)
         num_tiles = pairs // width + num_experts
@@ -186,9 +227,8 @@ class ExpertProducts:
                 f"sorting {tokens} tokens of {slots} slots needs more scratch memory: see reserve"
             )
         order = Order(self._entries, self._tiles, num_tiles, width)
-        self._kernels.launch(
-            sort_kernel(pairs, width), (num_experts, 1, 1), experts, order.entries, order.tiles, pairs
-        )
+        kernel = sort_kernel(pairs, width, self._kernels.overlap_mode(tokens))
+        self._kernels.launch(kernel, (num_experts, 1, 1), experts, order.entries, order.tiles, pairs)
         return order
 
     def linear(
@@ -211,8 +251,13 @@ class ExpertProducts:
         """
         pairs, slots, k = experts.numel(), experts.shape[1], weight.shape.k
         width = 0 if order is None else order.width
-        tile = tile or choose_expert_tile(weight.shape, weight.n, pairs, width, self._kernels.capability)
+        capability, overlap = self._kernels.capability, self._kernels.overlap
+        near = len(x) <= OVERLAPPING_TOKENS and weight.matrix.num_bytes <= overlap.largest
+        streamed = can_stream(capability) and x.stride(0) % 16 == 0
+        tile = tile or choose_expert_tile(weight.shape, weight.n, pairs, width, capability, streamed=streamed)
         self._check(x, weight, experts, out, glu, tile)
+        if tile.ahead and (order is not None or x.stride(0) % 16):
+            raise ValueError("what goes to registers is not sorted, and its rows start at multiples of 16")
         sizes = {"n": weight.n, "x_stride": x.stride(0), "y_stride": out.stride(0)}
         variant = ExpertVariant(
             shape=weight.shape,
@@ -225,6 +270,7 @@ class ExpertProducts:
             bias=weight.bias is not None,
             out=_OUT[out.dtype],
             aligned=tuple(name for name, value in sizes.items() if value % 16 == 0),
+            overlap=overlap.product if near else 0,
         )
         programs = pairs if order is None else order.num_tiles * (width // tile.tokens)
         grid = -(-weight.n // tile.rows), programs, weight.shape.chunks if tile.split else 1
@@ -233,8 +279,7 @@ class ExpertProducts:
             self._kernels.launch(
                 variant.kernel(), grid, matrix.words, matrix.headers, x, out,
                 out if weight.bias is None else weight.bias, experts,
-                experts if order is None else order.entries, experts if order is None else order.tiles,
-                weight.n, pairs, sizes["x_stride"], sizes["y_stride"],
+                weight.n, sizes["x_stride"], sizes["y_stride"],
             )  # fmt: skip
             return out
         self._kernels.launch(

@@ -1,11 +1,11 @@
 """
-Products with the matrices of experts for a few tokens an expert, in MXFP4: weights go from memory to
-registers.
+Products with the matrices of experts in MXFP4, a program a pair: weights go from memory to registers.
 
 Device code (Gluon, which says where each element lies). Each warp has sixteen rows, or 32, and reads their
 words just as tensor cores want them, some steps ahead; activations lie in shared memory. The sums are those
-of `experts.product` bit for bit: what a tensor core adds up at once is a set of sixteen columns, whose order,
-like that of rows, changes nothing, so neighbouring rows and columns can be what a thread loads at once.
+of `experts.product` bit for bit, on a GPU of capability 9.0, where that was checked: what a tensor core adds
+up at once is a set of sixteen columns, whose order, like that of rows, changes nothing, so neighbouring rows
+and columns can be what a thread loads at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from worker_orcd.kernels.cuda.elementwise import applied, rounded
+from worker_orcd.kernels.cuda.overlap import release, wait
 
 _FLOATS = gl.constexpr("""{ .reg .b32 b, d, z; mov.b32 z, 0x80008000;
 and.b32 $0, $4, 0x81c081c0; fma.rn.bf16x2 $0, $0, $5, z;
@@ -23,6 +24,7 @@ shl.b32 b, $4, 6; and.b32 $2, b, 0x81c081c0; fma.rn.bf16x2 $2, $2, $6, z;
 shl.b32 b, $4, 1; and.b32 d, b, 0x80008000; shr.u32 b, $4, 3; lop3.b32 d, b, 0x01800180, d, 0xEA;
 shr.u32 b, $4, 7; lop3.b32 d, b, 0x00400040, d, 0xEA; fma.rn.bf16x2 $3, d, $6, z; }""")
 _OUT4_IN3 = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r")
+LONGEST = gl.constexpr(4096)  # columns; `expert_products` knows it too
 _BF16x4 = gl.constexpr((gl.bfloat16,) * 4)
 
 
@@ -63,15 +65,11 @@ def operand(plane, ROWS: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def activations(x, TOKENS: gl.constexpr, WARPS: gl.constexpr, ONE: gl.constexpr, mma: gl.constexpr):
-    """Sixteen columns in shared memory, [tokens, 16], or [16] if there is ONE token, likewise."""
+def activations(x, TOKENS: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr):
+    """Sixteen columns of one token, from shared memory, likewise: a tensor core has them TOKENS times."""
     columns: gl.constexpr = columns_layout(TOKENS, WARPS)
-    if ONE:
-        row = x.load(gl.SliceLayout(0, columns))
-        values = gl.expand_dims(row, 0)
-        values, _ = gl.broadcast(values, gl.full((TOKENS, 16), 0.0, gl.bfloat16, columns))
-    else:
-        values = x.load(columns)
+    values = gl.expand_dims(x.load(gl.SliceLayout(0, columns)), 0)
+    values, _ = gl.broadcast(values, gl.full((TOKENS, 16), 0.0, gl.bfloat16, columns))
     parts = gl.permute(gl.reshape(values, (TOKENS, 4, 2, 2)), (2, 1, 3, 0))
     layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     return gl.convert_layout(gl.reshape(parts, (16, TOKENS)), layout, assert_trivial=True)
@@ -91,7 +89,7 @@ def scale(header, SHIFT: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr)
 
 @gluon.jit
 def step(acc, words, header, x, ROWS: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr,
-         ONE: gl.constexpr, mma: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+         mma: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """The sums and 64 columns of weights times activations, plane by plane."""
     first = scale(header, 0, ROWS, layout)
     second = scale(header, 8, ROWS, layout)
@@ -100,20 +98,19 @@ def step(acc, words, header, x, ROWS: gl.constexpr, TOKENS: gl.constexpr, WARPS:
     )
     planes = (a, b, c, d)
     for p in gl.static_range(4):
-        part = activations(x.slice(p * 16, 16, 0 if ONE else 1), TOKENS, WARPS, ONE, mma)
+        part = activations(x.slice(p * 16, 16, 0), TOKENS, WARPS, mma)
         acc = mma_v2(operand(planes[p], ROWS, mma), part, acc)
     return acc
 
 
 @gluon.jit
-def finish(total, y, bias, pair, pair_mask, stride, n, pn, SLOTS: gl.constexpr, PAIRED: gl.constexpr,
-           GLU: gl.constexpr, BIAS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr,
-           flat: gl.constexpr):  # fmt: skip
-    """As `experts.finish`. Rows of `total` are as tensor cores have them."""
-    WARPS: gl.constexpr = gl.num_warps()
+def finish(total, y, bias, slot, n, pn, SLOTS: gl.constexpr, PAIRED: gl.constexpr, GLU: gl.constexpr,
+           BIAS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, flat: gl.constexpr):  # fmt: skip
+    """As `experts.finish`, of one pair; `y` is its token's. Rows of `total` are as tensor cores have them."""
     total = gl.permute(gl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 1, 3))
     total = gl.convert_layout(gl.reshape(total, (ROWS, TOKENS)), flat)
     out = pn * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, flat))
+    first = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, flat)) == 0, 0)
     if BIAS:
         total += gl.expand_dims(gl.load(bias + out, mask=out < n, other=0.0), 1)
     if GLU != "":
@@ -132,48 +129,38 @@ def finish(total, y, bias, pair, pair_mask, stride, n, pn, SLOTS: gl.constexpr, 
         if PAIRED:
             width = n // 2
             column = out // 8 % 2 * (SLOTS * width) + out // 16 * 8 + out % 8
-    at = pair // SLOTS * stride + pair % SLOTS * width
-    target = y + gl.expand_dims(at, 0) + gl.expand_dims(column, 1)
-    gl.store(target, rounded(value, y), mask=gl.expand_dims(mask, 1) & gl.expand_dims(pair_mask, 0))
+    target = y + slot * width + gl.expand_dims(column, 1)
+    target, _ = gl.broadcast(target, value)
+    gl.store(target, rounded(value, y), mask=gl.expand_dims(mask, 1) & first)
 
 
 @gluon.jit
-def stream(w, s, x, y, bias, experts, order, tiles, n, pairs, x_stride, y_stride, K: gl.constexpr,
-           CHUNKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, AHEAD: gl.constexpr,
-           SLOTS: gl.constexpr, SHARED: gl.constexpr, WIDTH: gl.constexpr, PAIRED: gl.constexpr,
-           GLU: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """As `experts.product`; steps are of 64 columns, AHEAD of which are on their way at any time.
+def stream(w, s, x, y, bias, experts, n, x_stride, y_stride, K: gl.constexpr, CHUNKS: gl.constexpr,
+           ROWS: gl.constexpr, TOKENS: gl.constexpr, AHEAD: gl.constexpr, SLOTS: gl.constexpr,
+           SHARED: gl.constexpr, PAIRED: gl.constexpr, GLU: gl.constexpr, BIAS: gl.constexpr,
+           OVERLAP: gl.constexpr):  # fmt: skip
+    """As `experts.product` without WIDTH and SPLIT: (row tiles of an expert, pairs). K is at most LONGEST.
 
-    AHEAD divides the steps of a chunk.
+    Steps are of 64 columns; AHEAD of them, which divides those of a chunk, are on their way at any time.
+    TOKENS is what a tensor core multiplies at least: one of them counts. Where x is not SHARED, another
+    kernel has read `experts` since they were written, so they are there before this one has waited.
     """
     WARPS: gl.constexpr = gl.num_warps()
     STEPS: gl.constexpr = K // 64
     COUNT: gl.constexpr = STEPS // CHUNKS
-    ONE: gl.constexpr = WIDTH == 0
+    gl.static_assert(K % 64 == 0 and K <= LONGEST and COUNT % AHEAD == 0 and ROWS % 64 == 0)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     layout: gl.constexpr = words_layout(ROWS, WARPS)
     of_pair: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
     of_two: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
     of_word: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, layout))
     flat: gl.constexpr = gl.BlockedLayout([16, 1], [4, 8], [WARPS, 1], [0, 1])
-    of_token: gl.constexpr = gl.SliceLayout(0, flat)
 
     pn = gl.program_id(0)
-    place = gl.arange(0, TOKENS, of_token)
-    if ONE:
-        expert = gl.load(experts + gl.program_id(1))
-        pair = gl.program_id(1) + place * 0
-        left = 1
-        first = 0
-    else:
-        tile = tiles + gl.program_id(1) // (WIDTH // TOKENS) * 4
-        skipped = gl.program_id(1) % (WIDTH // TOKENS) * TOKENS
-        left = gl.load(tile + 2) - skipped
-        if left <= 0:
-            return
-        expert = gl.load(tile)
-        first = gl.load(tile + 1) + skipped
-        pair = gl.load(order + first + place, mask=place < left, other=0)
+    pair = gl.program_id(1)
+    if SHARED:
+        wait(OVERLAP)
+    expert = gl.load(experts + pair, cache_modifier=".cg")
 
     # weights: where a thread's are
     rows = gl.arange(0, ROWS // 2, of_pair)
@@ -183,10 +170,14 @@ def stream(w, s, x, y, bias, experts, order, tiles, n, pairs, x_stride, y_stride
     of_tile = gl.minimum(pn * (ROWS // 64) + rows // 32, tiles_of_rows - 1)
     above = expert.to(gl.int64) * tiles_of_rows * STEPS
     at = of_tile * (STEPS * 1024) + rows % 32 * 32
-    wp = w + above * 1024 + (
-        gl.expand_dims(gl.expand_dims(at, 1), 2)
-        + gl.expand_dims(gl.expand_dims(half * 16, 0), 2)
-        + gl.expand_dims(gl.expand_dims(column, 0), 0)
+    wp = (
+        w
+        + above * 1024
+        + (
+            gl.expand_dims(gl.expand_dims(at, 1), 2)
+            + gl.expand_dims(gl.expand_dims(half * 16, 0), 2)
+            + gl.expand_dims(gl.expand_dims(column, 0), 0)
+        )
     )
     sp = s + above * 32 + (of_tile * (STEPS * 32) + rows % 32)
     words = ()
@@ -196,37 +187,20 @@ def stream(w, s, x, y, bias, experts, order, tiles, n, pairs, x_stride, y_stride
         headers = headers + (gl.load(sp + i * 32),)
 
     # activations
-    if ONE:
-        FLAT: gl.constexpr = 4096
-        line: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
-        linear: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        buffer = gl.allocate_shared_memory(gl.bfloat16, [FLAT], linear)
-        index = gl.arange(0, FLAT, line)
-        which = gl.program_id(1)
-        row = x + which // SLOTS * x_stride
-        if not SHARED:
-            row += which % SLOTS * K
-        async_copy.async_copy_global_to_shared(buffer, row + index, mask=index < K)
-        xs = buffer._reinterpret(gl.bfloat16, [FLAT // 64, 64], linear)
-    else:
-        copied: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-        swizzled: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 4, [1, 0])
-        xs = gl.allocate_shared_memory(gl.bfloat16, [STEPS, TOKENS, 64], swizzled)
-        token = gl.arange(0, TOKENS, gl.SliceLayout(1, copied))
-        there = gl.expand_dims(token < left, 1)
-        entry = gl.load(order + first + token, mask=token < left, other=0)
-        start = entry // SLOTS * x_stride
-        if not SHARED:
-            start += entry % SLOTS * K
-        index = gl.arange(0, 64, gl.SliceLayout(0, copied))
-        xp = x + (gl.expand_dims(start, 1) + gl.expand_dims(index, 0))
-        there, _ = gl.broadcast(there, xp)
-        for copied_step in range(STEPS):
-            async_copy.async_copy_global_to_shared(xs.index(copied_step), xp, mask=there)
-            xp += 64
+    if not SHARED:
+        wait(OVERLAP)
+    line: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
+    linear: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    buffer = gl.allocate_shared_memory(gl.bfloat16, [LONGEST], linear)
+    index = gl.arange(0, LONGEST, line)
+    row = x + pair // SLOTS * x_stride
+    if not SHARED:
+        row += pair % SLOTS * K
+    async_copy.async_copy_global_to_shared(buffer, row + index, mask=index < K)
     async_copy.commit_group()
     async_copy.wait_group(0)
     gl.thread_barrier()
+    xs = buffer._reinterpret(gl.bfloat16, [LONGEST // 64, 64], linear)
 
     total = gl.full((ROWS, TOKENS), 0.0, gl.float32, mma)
     at_step = 0
@@ -236,7 +210,7 @@ def stream(w, s, x, y, bias, experts, order, tiles, n, pairs, x_stride, y_stride
             later = ()
             later_headers = ()
             for i in gl.static_range(AHEAD):
-                acc = step(acc, words[i], headers[i], xs.index(at_step + i), ROWS, TOKENS, WARPS, ONE, mma,
+                acc = step(acc, words[i], headers[i], xs.index(at_step + i), ROWS, TOKENS, WARPS, mma,
                            layout)  # fmt: skip
                 more = at_step + AHEAD + i < STEPS
                 later = later + (gl.load(wp + (AHEAD + i) * 1024, mask=more, other=0),)
@@ -250,5 +224,6 @@ def stream(w, s, x, y, bias, experts, order, tiles, n, pairs, x_stride, y_stride
             total = acc
         else:
             total += acc
-    finish(total, y, bias + expert * n, pair, place < left, y_stride, n, pn, SLOTS, PAIRED, GLU, BIAS, ROWS,
-           TOKENS, flat)  # fmt: skip
+    release(OVERLAP)
+    to = y + (pair // SLOTS * y_stride)
+    finish(total, to, bias + expert * n, pair % SLOTS, n, pn, SLOTS, PAIRED, GLU, BIAS, ROWS, TOKENS, flat)

@@ -18,10 +18,12 @@ import triton.language as tl
 
 from worker_orcd.kernels.cuda.elementwise import applied, rounded
 from worker_orcd.kernels.cuda.linear import chunk_sum, sum_of_parts
+from worker_orcd.kernels.cuda.overlap import release, wait
 
 
 @triton.jit
-def sort(experts, order, tiles, pairs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def sort(experts, order, tiles, pairs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+         OVERLAP: tl.constexpr):  # fmt: skip
     """Pairs by expert, within an expert ascending. A program an expert; no program needs another.
 
     `tiles` is (pairs // WIDTH + programs, 4): expert, first entry in `order`, and how many entries, at most
@@ -29,6 +31,7 @@ def sort(experts, order, tiles, pairs, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     of them, and where the next one starts without either knowing the other's. What is over has no entries.
     COUNT blocks of BLOCK pairs are at least `pairs`.
     """
+    wait(OVERLAP)
     expert = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     below = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -92,7 +95,8 @@ def expert_sum(w, h, s, shifts, x, expert, pair, pair_mask, pn, n, x_stride, K: 
                FORMAT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr,
                PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr,
                SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-               UNROLL: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, PORTABLE: tl.constexpr):  # fmt: skip
+               UNROLL: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+               PORTABLE: tl.constexpr):  # fmt: skip
     """ROWS rows of the expert's matrix times the pairs: all of K, or if SPLIT this program's chunk."""
     rows = tl.arange(0, ROWS)
     tiles = (n + 63) // 64
@@ -130,15 +134,15 @@ def product(w, h, s, shifts, x, y, bias, experts, order, tiles, partials, counte
             CHUNKS: tl.constexpr, PLANES: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr,
             HEADER: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
             STAGES: tl.constexpr, UNROLL: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
-            WIDTH: tl.constexpr,
-            PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
-            PORTABLE: tl.constexpr):  # fmt: skip
+            WIDTH: tl.constexpr, PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
+            PORTABLE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs: (row tiles of an expert, pairs, chunks if SPLIT); with WIDTH, for what `sort` has put
     together, (row tiles of an expert, its tiles times WIDTH / TOKENS).
 
     x is (tokens, K) if SHARED, else (tokens, SLOTS, K), y see `finish`; strides are from token to token. Each
     expert has whole tiles of 64 rows, of which `n` count.
     """
+    wait(OVERLAP)
     pn = tl.program_id(0)
     place = tl.arange(0, TOKENS)
     if WIDTH == 0:
@@ -156,8 +160,9 @@ def product(w, h, s, shifts, x, y, bias, experts, order, tiles, partials, counte
         pair_mask = (place < left)[None, :]
     bias += expert * n
     total = expert_sum(w, h, s, shifts, x, expert, pair, pair_mask, pn, n, x_stride, K, FORMAT, BLOCK, STEP,
-                       CHUNKS, PLANES, HIGH, SHARE, HEADER, SPLIT, ROWS, TOKENS, STAGES, UNROLL, SLOTS, SHARED,
-                       PORTABLE)  # fmt: skip
+                       CHUNKS, PLANES, HIGH, SHARE, HEADER, SPLIT, ROWS, TOKENS, STAGES, UNROLL, SLOTS,
+                       SHARED, PORTABLE)  # fmt: skip
+    release(OVERLAP)
     if CHUNKS == 1 or not SPLIT:
         finish(total, y, bias, pair, pair_mask, y_stride, n, pn, SLOTS, PAIRED, GLU, BIAS, ROWS, TOKENS)
     else:

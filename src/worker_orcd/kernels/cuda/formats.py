@@ -180,8 +180,8 @@ def load_weights(w, h, s, rows, shift, part, PARTS: tl.constexpr, HEADER: tl.con
     """A step's words, high words, and header: five words a row, as many as there are.
 
     `rows` is each row's place in its tile; two of them share the last header word if HEADER is not a
-    multiple of four bytes: `shift` is how far each row's half is up. If a header is for two steps (PARTS), `part` says which of them this is: then the
-    first words are that step's own.
+    multiple of four bytes: `shift` is how far each row's half is up. If a header is for two steps (PARTS),
+    `part` says which of them this is: then the first words are that step's own.
     """
     words = tl.load(w)
     high = words

@@ -43,7 +43,7 @@ class PackedMatrix:
     words: torch.Tensor
     high: torch.Tensor  # `words` where there are none: a kernel must be given something
     headers: torch.Tensor  # likewise
-    shifts: torch.Tensor  # (2, 64) uint16: how far each row's bits are up in its high word, and in its header's last
+    shifts: torch.Tensor  # (2, 64) uint16: how far a row's bits are up in its high word, its last header word
     paired: bool = False  # rows have been put in another order: see `alternate`
     head: int = 0  # likewise, within each head of so many rows
 
