@@ -59,7 +59,8 @@ class Codegen:
     def per_weight(self) -> float:
         """Instructions a lane issues for each weight."""
         tile, shape = self.variant.tile, self.variant.shape
-        return self.loop * tile.warps * 32 / (tile.rows * shape.step)
+        steps = max(tile.unroll, tile.ahead)  # of a pass through the loop
+        return self.loop * tile.warps * 32 / (tile.rows * shape.step * steps)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -74,6 +75,8 @@ class Codegen:
             found.append(f"{self.shared} bytes of shared memory")
         if self.warnings:
             found.append(f"ptxas warns {self.warnings}")
+        if self.variant.tile.ahead:  # written so that weights are where a tensor core wants them
+            return found
         if self.capability == 90 and self.matrix != "wgmma":
             found.append(f"{self.matrix} instead of wgmma")
         plain = self.variant.shape.format in (
@@ -155,9 +158,14 @@ def main_loop(sass: str) -> int:
 
 
 def disorder(found: Iterable[Codegen]) -> list[str]:
-    """Formats whose kernels for one GPU differ in the order of their sums."""
+    """Formats whose kernels for one GPU differ in the order of their sums.
+
+    What goes to registers orders columns itself; that its bits are the same only a GPU shows.
+    """
     orders: dict[tuple[str, int], set[tuple[object, ...]]] = {}
     for one in found:
+        if one.variant.tile.ahead:
+            continue
         orders.setdefault((one.variant.shape.format, one.capability), set()).add(one.order)
     return [
         f"{name} on sm_{capability}: {sorted(map(str, of))}"

@@ -45,18 +45,13 @@ _DOZENS = ((128, 32, 4, 3, 3), (128, 32, 8, 3, 3), (256, 32, 8, 3, 3))
 _MORE = ((128, 64, 8, 3, 3), (128, 64, 4, 3, 3), (64, 64, 4, 3, 3))
 _MANY = ((128, 128, 8, 2, 3), (64, 128, 4, 3, 3))
 # To registers: rows, tokens, warps, steps ahead.
-_STREAM_ONE = ((64, 8, 4, 5), (64, 8, 4, 9), (64, 8, 4, 15), (32, 8, 2, 15), (128, 8, 4, 5))
-_STREAM_SEVERAL = (
-    (64, 16, 4, 5), (128, 16, 8, 5), (128, 16, 8, 9), (128, 16, 4, 5), (256, 16, 8, 3), (128, 8, 8, 5),
-)  # fmt: skip
-_STREAM_DOZENS = ((128, 16, 8, 9), (128, 32, 8, 5), (256, 32, 8, 3))
+_STREAM = ((64, 8, 4, 5), (64, 8, 4, 9), (64, 8, 4, 15), (128, 8, 4, 5))
 # tokens, entries of a sorted tile, tiles
-TILES = ((1, 0, _ONE), (64, 16, _SEVERAL), (128, 32, _DOZENS), (256, 64, _MORE), (2048, 128, _MANY))
-STREAMS = (
-    (1, 0, _STREAM_ONE), (4, 0, _STREAM_ONE[:1]), (4, 16, _STREAM_SEVERAL[:1]), (8, 16, _STREAM_SEVERAL[:2]),
-    (16, 16, _STREAM_SEVERAL[:3]), (64, 16, _STREAM_SEVERAL), (128, 32, _STREAM_DOZENS),
-    (256, 32, _STREAM_DOZENS[1:]),
+TILES = (
+    (1, 0, _ONE), (8, 16, _SEVERAL[:2]), (16, 16, _SEVERAL[:2]), (64, 16, _SEVERAL), (128, 32, _DOZENS),
+    (256, 64, _MORE), (2048, 128, _MANY),
 )  # fmt: skip
+STREAMS = ((1, 0, _STREAM), (2, 0, _STREAM), (4, 0, _STREAM), (6, 0, _STREAM[:1]), (6, 16, ()))
 _CHUNKS = {"gate_up": (3,), "down": (1,)}  # that are tried for one token, beside the contract's
 Plan = tuple[tuple[int, int, tuple[tuple[int, ...], ...]], ...]
 

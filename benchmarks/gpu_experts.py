@@ -30,7 +30,13 @@ from gpu_expert_tune import streams, variants
 from gpu_session import Session, parser_of, run_parts
 from gpu_weights import random_rows
 from worker_orcd.kernels.backend import CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT, Glu, Matrix
-from worker_orcd.kernels.cuda.expert_products import MAX_PAIR_TOKENS, ExpertProducts, choose_width
+from worker_orcd.kernels.cuda.expert_products import (
+    MAX_PAIR_TOKENS,
+    ExpertProducts,
+    can_stream,
+    choose_expert_tile,
+    choose_width,
+)
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, pack_experts
 from worker_orcd.kernels.cuda.variants import FORMATS, Tile
 from worker_orcd.kernels.cuda.weights import Uploader
@@ -131,9 +137,12 @@ def check_correct(session: Session) -> None:
     kinds = list(Glu)
     for index, name in enumerate(session.args.formats):
         kind = kinds[index % len(kinds)]
-        for parts, n, k, slots in ((2, 72, 512, 3), (1, 200, 768, 2)):
+        shapes = ((2, 72, 512, 3), (1, 200, 768, 2))
+        if name == "MXFP4":  # in steps of 64, which may go to registers
+            shapes += (2, 72, 2880, 3), (1, 200, 320, 2)
+        for parts, n, k, slots in shapes:
             weight, exact, bias = session.once(
-                (name, parts), partial(make, session, name, 6, n, k, parts, parts == 2)
+                (name, parts, k), partial(make, session, name, 6, n, k, parts, parts == 2)
             )
             for tokens in CHECKED_TOKENS:
                 experts = random_experts(tokens, slots, 6, 0, session.device)
@@ -176,14 +185,28 @@ def error_of(
 # -- the same bits -----------------------------------------------------------------------------------------
 
 
-def tiles(weight: PackedExperts, width: int) -> list[Tile | None]:
-    """The tile that is chosen, and others."""
+def tiles(weight: PackedExperts, width: int, capability: int) -> list[Tile | None]:
+    """The tile that is chosen, and others: those that only some weights and GPUs can have last."""
     made: list[Tile | None] = [None]
     few = ((64, 16, 4, 3), (128, 16, 8, 4))
     many = {16: few, 32: ((64, 32, 4, 2),), 64: ((128, 32, 4, 3),), 128: ((128, 64, 4, 3), (64, 128, 4, 2))}
     for rows, tokens, warps, stages in many[width] if width else few:
         split = not width and weight.shape.chunks > 1
         made.append(Tile(rows=rows, tokens=tokens, warps=warps, stages=stages, split=split))
+    steps = weight.shape.steps_of_chunk
+    if width and steps % 3 == 0:
+        made.append(Tile(rows=128, tokens=min(width, 64), warps=4, stages=3, unroll=3))
+    if (
+        not width
+        and can_stream(capability)
+        and choose_expert_tile(weight.shape, 64, 1, 0, streamed=True).ahead
+    ):
+        for rows, warps in ((64, 4), (128, 4)):
+            made += [
+                Tile(rows=rows, tokens=8, warps=warps, stages=1, ahead=ahead)
+                for ahead in (1, 3, 5, 9, 15)
+                if steps % ahead == 0
+            ]
     return made
 
 
@@ -191,11 +214,12 @@ def check_same(session: Session) -> None:
     """Words compared and words that differ, by weight."""
     counts: dict[str, dict[str, int]] = {}
     for name, num_experts, n, k, slots, parts in (
-        ("MXFP4", 8, 576, 2880, 4, 2), ("MXFP4", 8, 200, 2880, 4, 1), ("Q4_K", 16, 768, 2048, 8, 2),
+        ("MXFP4", 8, 576, 2880, 4, 2), ("MXFP4", 8, 200, 2880, 4, 1),
+        ("MXFP4", 4, 2880, 2880, 4, 1), ("MXFP4", 4, 200, 320, 2, 1), ("Q4_K", 16, 768, 2048, 8, 2),
         ("Q6_K", 16, 2048, 768, 8, 1), ("Q8_0", 6, 320, 512, 2, 1),
     ):  # fmt: skip
         build = partial(make, session, name, num_experts, n, k, parts, parts == 2)
-        weight = session.once((name, n), build)[0]
+        weight = session.once((name, n, k), build)[0]
         for chunks in (1, weight.shape.chunks) if n == 768 else (weight.shape.chunks,):
             shape = dataclasses.replace(weight.shape, chunks=chunks)
             one = dataclasses.replace(weight, matrix=dataclasses.replace(weight.matrix, shape=shape))
@@ -210,6 +234,7 @@ def check_same(session: Session) -> None:
 def compare(session: Session, key: str, weight: PackedExperts, slots: int, glu: Glu | None) -> dict[str, int]:
     """Known tokens alone, and at random places of batches, whose other tokens go anywhere."""
     products, num_experts, k = ExpertProducts(session.kernels), weight.num_experts, weight.shape.k
+    capability = session.kernels.capability
     shared = weight.paired
     products.reserve(weight, 4 * 64, 4 * slots)  # room for 32 tokens' pairs, and more entries than needed
     products.reserve(weight, max(BATCHES), slots)
@@ -232,7 +257,7 @@ def compare(session: Session, key: str, weight: PackedExperts, slots: int, glu: 
             if width == 0 and batch > 4 * MAX_PAIR_TOKENS:
                 continue
             order = products.sort(experts, num_experts, width) if width else None
-            for tile in tiles(weight, width) if batch in (1, 16, 512) else [None]:
+            for tile in tiles(weight, width, capability) if batch in (1, 16, 512) else [None]:
                 out = blank(batch, columns, dtype=dtype, device=session.device)
                 for _ in range(50 if width == 0 and batch <= 7 else 1):  # whoever arrives last
                     products.linear(x, weight, experts, out, order=order, glu=glu, tile=tile)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
 import numpy as np
 import pytest
 import torch
@@ -13,14 +16,17 @@ from kernels.cuda.test_variants import Launch
 from worker_orcd import quant
 from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Glu, Matrix
-from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, NO_OVERLAP, Kernel, Kernels, Overlap
 from worker_orcd.kernels.cuda.contract import num_expert_chunks
 from worker_orcd.kernels.cuda.expert_products import (
+    LONGEST_STREAM,
     MAX_PAIR_TOKENS,
     ExpertProducts,
     ExpertVariant,
+    can_stream,
     choose_expert_tile,
     choose_width,
+    goes_by_pairs,
     sort_kernel,
 )
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, expert_shape, pack_experts
@@ -59,11 +65,13 @@ def test_pairs_are_sorted_and_dealt_to_tiles(found: dict[str, list[dict[str, flo
 # -- what the compiler makes of them -----------------------------------------------------------------------
 
 
-def variant(name: str, n: int, k: int, pairs: int, width: int, capability: int, glu: bool) -> ExpertVariant:
+def variant(
+    name: str, n: int, k: int, pairs: int, width: int, capability: int, glu: bool, streamed: bool = False
+) -> ExpertVariant:
     shape = expert_shape(name, n, k)
     return ExpertVariant(
         shape=shape,
-        tile=choose_expert_tile(shape, n, pairs, width, capability),
+        tile=choose_expert_tile(shape, n, pairs, width, capability, streamed=streamed),
         slots=4,
         shared=glu,
         width=width,
@@ -78,7 +86,11 @@ def chosen() -> list[tuple[ExpertVariant | Variant, int]]:
     gpt_oss = [
         (variant("MXFP4", n, 2880, pairs, width, 90, n == 5760), 90)
         for n in (5760, 2880)
-        for pairs, width in ((4, 0), (8192, 128))
+        for pairs, width in ((4, 0), (256, 16), (1024, 64), (8192, 128))
+    ]
+    overlapping = [
+        (replace(variant("MXFP4", 2880, 2880, pairs, width, 90, False), overlap=2), 90)
+        for pairs, width in ((4, 0), (512, 32))
     ]
     older = [
         (variant("MXFP4", 2880, 2880, 8192, 128, capability, False), capability) for capability in (80, 89)
@@ -87,7 +99,25 @@ def chosen() -> list[tuple[ExpertVariant | Variant, int]]:
         (variant("Q4_K", 2048, 768, pairs, width, 90, False), 90) for pairs, width in ((8, 0), (1024, 16))
     ]
     shape = shape_of("MXFP4", 2880, 2880)
-    return [*gpt_oss, *older, *qwen, (Variant(shape=shape, tile=choose_tile(shape, 2880, 1)), 90)]
+    return [
+        *gpt_oss,
+        *overlapping,
+        *older,
+        *qwen,
+        *streamed(),
+        (Variant(shape=shape, tile=choose_tile(shape, 2880, 1)), 90),
+    ]
+
+
+def streamed() -> list[tuple[ExpertVariant, int]]:
+    """To registers: GPT-OSS's products for a token and for four, and one whose outputs are no 16s."""
+    made = [
+        replace(variant("MXFP4", n, 2880, pairs, 0, 90, n == 5760, streamed=True), overlap=overlap)
+        for n in (5760, 2880)
+        for pairs, overlap in ((4, 2), (16, 0))
+    ]
+    ragged = variant("MXFP4", 200, 320, 2, 0, 90, False, streamed=True)
+    return [(one, 90) for one in [*made, replace(ragged, aligned=("x_stride",), paired=True)]]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +130,16 @@ def compiled() -> list[Codegen]:
 def test_no_kernel_has_a_fault(compiled: list[Codegen]) -> None:
     assert len(compiled) > 8
     assert [str(one) for one in compiled if one.faults()] == []
+
+
+@pytest.mark.slow
+def test_what_goes_to_registers_keeps_shared_memory_for_activations(compiled: list[Codegen]) -> None:
+    found = [one for one in compiled if one.variant.tile.ahead]
+    assert len(found) == 5
+    for one in found:
+        assert one.shared <= 2 * LONGEST_STREAM
+        assert one.matrix == "mma"
+        assert one.registers <= (168 if one.variant.tile.ahead > 5 else 128)  # three programs at a time, four
 
 
 @pytest.mark.slow
@@ -218,6 +258,52 @@ def test_every_number_of_tokens_has_a_tile(capability: int) -> None:
         assert tile.tokens == 16 and tile.split == (shape.chunks > 1)
 
 
+@pytest.mark.parametrize(
+    ("n", "pairs", "ahead"), [(5760, 4, 5), (5760, 1, 15), (2880, 4, 15), (2880, 5, 15), (2880, 16, 5)]
+)
+def test_steps_ahead_divide_those_of_a_chunk(n: int, pairs: int, ahead: int) -> None:
+    shape = expert_shape("MXFP4", n, 2880)
+    tile = choose_expert_tile(shape, n, pairs, 0, streamed=True)
+    assert (tile.rows, tile.tokens, tile.ahead, tile.split) == (64, 8, ahead, False)
+    assert shape.steps_of_chunk % ahead == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "k"), [("Q4_K", 2048), ("MXFP4", 2912), ("MXFP4", 2048), ("MXFP4", LONGEST_STREAM + 64)]
+)
+def test_other_weights_go_through_shared_memory(name: str, k: int) -> None:
+    shape = expert_shape(name, 2880, k)
+    assert choose_expert_tile(shape, 2880, 4, 0, streamed=True) == choose_expert_tile(shape, 2880, 4, 0)
+
+
+def test_what_goes_to_registers_was_checked_on_one_kind_of_gpu() -> None:
+    assert [can_stream(capability) for capability in (80, 89, 100, 120)] == [False] * 4
+    try:
+        assert can_stream(90) == version("triton").startswith("3.6.")
+    except PackageNotFoundError:
+        assert not can_stream(90)
+
+
+@pytest.mark.parametrize(
+    ("slots", "num_experts", "tokens"), [(4, 32, 4), (8, 128, 8), (4, 128, MAX_PAIR_TOKENS), (2, 4, 1)]
+)
+def test_steps_are_sorted_where_experts_are_chosen_twice(slots: int, num_experts: int, tokens: int) -> None:
+    assert [goes_by_pairs(count, slots, num_experts) for count in range(1, 17)] == [
+        count <= tokens for count in range(1, 17)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "unroll"), [(16, 90, 3), (64, 90, 3), (128, 90, 1), (64, 80, 1)]
+)
+def test_several_steps_at_a_time_on_the_gpu_that_was_measured(
+    width: int, capability: int, unroll: int
+) -> None:
+    tile = choose_expert_tile(expert_shape("MXFP4", 2880, 2880), 2880, 8 * width, width, capability)
+    assert tile.unroll == unroll
+    assert choose_expert_tile(expert_shape("MXFP4", 2880, 2048), 2880, 512, 16, capability).unroll == 1
+
+
 def test_widths_follow_the_tokens_of_an_expert() -> None:
     assert [choose_width(tokens * 4, 32) for tokens in (16, 64, 128, 256, 512, 4096)] == [
         16,
@@ -238,9 +324,9 @@ def test_sorting_looks_at_every_pair(pairs: int) -> None:
 class Launches:
     """Compiles nothing, and knows what was launched."""
 
-    def __init__(self) -> None:
+    def __init__(self, overlap: Overlap = NO_OVERLAP) -> None:
         self.made: list[Launch] = []
-        self.products = ExpertProducts(Kernels(CPU, 90, self.compile))
+        self.products = ExpertProducts(Kernels(CPU, 90, self.compile, overlap))
 
     def compile(self, kernel: Kernel, capability: int) -> Launch:
         self.made.append(Launch(kernel, capability))
@@ -260,7 +346,7 @@ def test_a_few_tokens_are_a_program_a_pair() -> None:
     )
     launches.products.reserve(weight, 3, 2)
     experts = torch.zeros(3, 2, dtype=torch.int32)
-    assert launches.products.sort(experts, 4) is None
+    assert launches.products.sort(experts, 12) is None
     x, out = torch.zeros(3, 4096, dtype=torch.float16), torch.zeros(3, 400)
     launches.products.linear(x, weight, experts, out)
     grid, names = launches.last()
@@ -269,6 +355,47 @@ def test_a_few_tokens_are_a_program_a_pair() -> None:
     assert (names["x_stride"], names["y_stride"], names["n"], names["pairs"]) == (4096, 400, 200, 6)
     assert (names["SLOTS"], names["SHARED"], names["WIDTH"], names["SPLIT"]) == (2, False, 0, True)
     assert names["BIAS"] and names["GLU"] == "" and names["experts"] == experts.data_ptr()
+
+
+def test_what_goes_to_registers_gets_what_it_reads() -> None:
+    launches = Launches()
+    (weight,) = pack_experts(
+        [stack("MXFP4", 4, 104, 192), stack("MXFP4", 4, 104, 192, 1)],
+        4,
+        [None, np.ones((4, 104), np.float32)],
+        Uploader(CPU),
+    )
+    tile = choose_expert_tile(weight.shape, weight.n, 6, 0, streamed=True)
+    assert tile.ahead > 0
+    experts = torch.zeros(3, 2, dtype=torch.int32)
+    x, out = torch.zeros(3, 208, dtype=torch.bfloat16)[:, :192], torch.zeros(3, 208)
+    launches.products.linear(x, weight, experts, out, tile=tile, glu=Glu.CLAMPED_SWIGLU)
+    grid, names = launches.last()
+    assert launches.made[-1].kernel.gluon
+    assert grid == (4, 6, 1)
+    assert (names["w"], names["s"]) == (weight.matrix.words.data_ptr(), weight.matrix.headers.data_ptr())
+    assert (names["n"], names["x_stride"], names["y_stride"], names["SHARED"]) == (208, 208, 208, True)
+    assert names["BIAS"] and weight.bias is not None and names["bias"] == weight.bias.data_ptr()
+    launches.products.reserve(weight, 3, 2)
+    order = launches.products.sort(experts, 4, 16)
+    with pytest.raises(ValueError, match="not sorted"):
+        launches.products.linear(x, weight, experts, out, order=order, tile=tile, glu=Glu.CLAMPED_SWIGLU)
+    wide = torch.zeros(3, 200, dtype=torch.bfloat16)[:, :192]
+    with pytest.raises(ValueError, match="multiples of 16"):
+        launches.products.linear(wide, weight, experts, torch.zeros(3, 416), tile=tile)
+
+
+def test_products_overlap_in_steps_of_few_tokens() -> None:
+    launches = Launches(FULL_OVERLAP)
+    (weight,) = pack_experts([stack("Q8_0", 4, 64, 64)], 4, [], Uploader(CPU))
+    launches.products.reserve(weight, 100, 2)
+    for tokens, modes in ((20, (FULL_OVERLAP.mode, FULL_OVERLAP.product)), (100, (0, 0))):
+        experts = torch.zeros(tokens, 2, dtype=torch.int32)
+        order = launches.products.sort(experts, 4)
+        found = [launches.last()[1]["OVERLAP"]]
+        x, out = torch.zeros(tokens, 64, dtype=torch.float16), torch.zeros(tokens, 128)
+        launches.products.linear(x, weight, experts, out, order=order)
+        assert (*found, launches.last()[1]["OVERLAP"]) == modes
 
 
 def test_many_tokens_are_sorted_first() -> None:
