@@ -47,7 +47,10 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
     sp = s + first // PARTS * (16 * HEADER) + row
     xp = x + chunk * (COUNT * STEP) + column[:, None]
     # Read, not computed: Triton takes an operand to registers only if it all comes from loads.
-    half = tl.load(shifts + 64 + row).to(tl.uint32)
+    if HEADER == 2:
+        half = tl.load(shifts + 64 + row).to(tl.uint32)
+    else:  # goes to registers as it is
+        half = row % 2 * 16
     shift = tl.load(shifts + row)
     shift = tl.broadcast_to(shift[:, None], (ROWS, WIDTH))
     left = K - chunk * (COUNT * STEP)
