@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import under_interpreter
 
-from gpu_codegen import Codegen, disorder, inspect_all
+from gpu_codegen import Codegen, assembled, disorder, inspect_all
 from gpu_weights import random_rows
 from kernels.cuda.test_variants import Launch
 from worker_orcd import quant
@@ -30,7 +31,14 @@ from worker_orcd.kernels.cuda.expert_products import (
     sort_kernel,
 )
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, expert_shape, pack_experts
-from worker_orcd.kernels.cuda.variants import CAPABILITIES, FORMATS, Variant, choose_tile, shape_of
+from worker_orcd.kernels.cuda.variants import (
+    CAPABILITIES,
+    FORMATS,
+    Variant,
+    choose_tile,
+    compile_variant,
+    shape_of,
+)
 from worker_orcd.kernels.cuda.weights import Uploader
 
 INTERPRETED = ("MXFP4", "Q4_K")
@@ -140,6 +148,20 @@ def test_what_goes_to_registers_keeps_shared_memory_for_activations(compiled: li
         assert one.shared <= 2 * LONGEST_STREAM
         assert one.matrix == "mma"
         assert one.registers <= (168 if one.variant.tile.ahead > 5 else 128)  # three programs at a time, four
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_weights_are_asked_for_before_the_wait_where_experts_are_known(shared: bool) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    made = variant("MXFP4", 2880, 2880, 4, 0, 90, False, streamed=True)
+    compiled = compile_variant(replace(made, overlap=2, shared=shared), 90)
+    _, sass = assembled(compiled, 90)
+    before, _, after = sass.partition("ACQBULK")
+    loads = len(re.findall(r"\bLDG\.E", before))
+    assert loads == 0 if shared else loads > 2 * made.tile.ahead
+    assert "LDGSTS" not in before and "LDGSTS" in after  # activations
+    assert "PREEXIT" in after and "STG" not in before
 
 
 @pytest.mark.slow
