@@ -194,7 +194,7 @@ def tiles(weight: PackedExperts, width: int, capability: int) -> list[Tile | Non
         split = not width and weight.shape.chunks > 1
         made.append(Tile(rows=rows, tokens=tokens, warps=warps, stages=stages, split=split))
     steps = weight.shape.steps_of_chunk
-    if width and steps % 3 == 0:
+    if width and weight.shape.format == "MXFP4" and steps % 3 == 0:
         made.append(Tile(rows=128, tokens=min(width, 64), warps=4, stages=3, unroll=3))
     if (
         not width

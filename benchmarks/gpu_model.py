@@ -125,15 +125,6 @@ def check_one(session: Session, name: str, path: Path, prompt: list[int], golden
     session.say(f"{name:14} {told}", ok=as_pinned)
 
 
-def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, groups: int) -> Sequence:
-    made = Sequence(
-        id=number, token_ids=token_ids, max_tokens=1 << 20, stop_token_ids=frozenset(),
-        sampling=SamplingParams(temperature=0.0),
-    )  # fmt: skip
-    made.block_tables = [list(range(first_block, first_block + blocks)) for _ in range(groups)]
-    return made
-
-
 def in_batch(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float32]:
     """Logits of every token, all prompts in one step."""
     return runner.logits(
@@ -142,14 +133,29 @@ def in_batch(runner: ModelRunner, prompts: list[list[int]]) -> NDArray[np.float3
 
 
 def sequences_of(runner: ModelRunner, prompts: list[list[int]], *, computed: bool = False) -> list[Sequence]:
-    """One a prompt, with blocks of its own; `computed`: all tokens but the last are in the cache."""
-    size, groups = runner.limits.block_size, len(runner.plan.kv_groups)
-    sequences, block = [], 1
-    for number, prompt in enumerate(prompts):
-        blocks = -(-len(prompt) // size)
-        sequences.append(sequence(number, prompt, block, blocks, groups))
-        sequences[-1].num_computed_tokens = len(prompt) - 1 if computed else 0
-        block += blocks
+    """One a prompt, with blocks of its own; `computed`: all tokens but the last are in the cache, or were and
+    are behind the window.
+    """
+    size = runner.limits.block_size
+    sequences = [
+        Sequence(
+            id=number, token_ids=prompt, max_tokens=1 << 20, stop_token_ids=frozenset(),
+            sampling=SamplingParams(temperature=0.0),
+        )
+        for number, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    for group in runner.plan.kv_groups:
+        block = 1
+        for one in sequences:
+            length = len(one.token_ids)
+            first = 0 if group.window is None or not computed else max(0, length - group.window) // size
+            held = -(-length // size) - first
+            one.block_tables.append([0] * first + list(range(block, block + held)))
+            block += held
+        if block > group.num_blocks:
+            raise ValueError(f"{block} blocks of a group that has {group.num_blocks}")
+    for one in sequences:
+        one.num_computed_tokens = len(one.token_ids) - 1 if computed else 0
     return sequences
 
 

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_model import sequence, sequences_of
+from gpu_model import sequences_of
 from gpu_report import Session
 from gpu_timing import copy_bandwidth
 from worker_orcd.config import DeviceConfig, EngineConfig
@@ -48,7 +48,7 @@ from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import Weights, load_weights
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
-from worker_orcd.sequence import Row, Step
+from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 
 ROWS = (1, 4)
 ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=4, max_model_len=1024)
@@ -86,7 +86,7 @@ class Watched(Kernels):
             self.log.append((kernel, grid))
         super().launch(kernel, grid, *arguments)
 
-    def compile_all(self, kernels: Sequence[Kernel], on_progress: Any) -> None:
+    def compile_all(self, kernels: SequenceABC[Kernel], on_progress: Any) -> None:
         if self._gather is not None:
             self._gather.extend(kernels)
             raise Gathered
@@ -150,7 +150,7 @@ def load(path: Path) -> Model:
         return Model(config, load_weights(file, config, backend), plan)
 
 
-def compile_ways(session: Session, model: Model, ways: Sequence[Way]) -> None:
+def compile_ways(session: Session, model: Model, ways: SequenceABC[Way]) -> None:
     """All kernels of all ways at once, a process a core."""
     found: list[Kernel] = []
     for way in ways:
@@ -162,6 +162,15 @@ def compile_ways(session: Session, model: Model, ways: Sequence[Way]) -> None:
     started = time.monotonic()
     Watched(Overlap()).compile_all(different, lambda _done, _all: None)
     session.say(f"{len(different)} kernels in {time.monotonic() - started:.1f} s")
+
+
+def sequence(number: int, token_ids: list[int], first_block: int, blocks: int, groups: int) -> Sequence:
+    made = Sequence(
+        id=number, token_ids=token_ids, max_tokens=1 << 20, stop_token_ids=frozenset(),
+        sampling=SamplingParams(temperature=0.0),
+    )  # fmt: skip
+    made.block_tables = [list(range(first_block, first_block + blocks)) for _ in range(groups)]
+    return made
 
 
 def trace(runner: ModelRunner) -> list[int]:
@@ -176,7 +185,7 @@ def trace(runner: ModelRunner) -> list[int]:
         for step in range(STEPS):
             for one in some:
                 one.num_computed_tokens = step
-            logits = runner.logits(Step(tuple(Row(one, 1) for one in some)))
+            logits = runner.logits(Step(tuple(Row.of(one, 1) for one in some)))
             if not np.isfinite(logits).all():
                 raise ValueError("logits that are no numbers")
             sums.append(zlib.crc32(logits.tobytes()))
@@ -187,7 +196,7 @@ def timed(runner: ModelRunner, rows: int, context: int) -> float:
     """Microseconds of a step's graph and the copies of its inputs."""
     random = np.random.default_rng(rows)
     prompts = random.integers(0, min(runner.vocab_size, 30000), (rows, context + 1)).tolist()
-    runner.logits(Step(tuple(Row(one, 1) for one in sequences_of(runner, prompts, computed=True))))
+    runner.logits(Step(tuple(Row.of(one, 1) for one in sequences_of(runner, prompts, computed=True))))
     executor, counts = step_of(runner).executor, Counts(rows, rows, rows)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
