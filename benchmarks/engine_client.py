@@ -111,9 +111,9 @@ class Answer:
 
 
 class OneAtATime:
-    """A runner that never has two steps under way."""
+    """A runner that never has two steps under way, nor draws two tokens of a sequence in one."""
 
-    max_steps = 1
+    max_steps = max_draws = 1
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -130,7 +130,7 @@ class QueueWatch:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.max_steps = runner.max_steps
+        self.max_steps, self.max_draws = runner.max_steps, runner.max_draws
         self._ends: list[torch.cuda.Event] | None = None
         if self.max_steps > 1:
             self._ends = [torch.cuda.Event() for _ in range(2)]  # of the steps launched last
@@ -176,6 +176,7 @@ class RunningEngine(AbstractContextManager["RunningEngine"]):
             self._publish,
             observer=self,
             narration=Told(),
+            burst_seconds=(engine or model.engine).decode_burst_ms / 1000.0,
         )
 
     def __enter__(self) -> RunningEngine:

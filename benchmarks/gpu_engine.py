@@ -64,8 +64,9 @@ def serve_crowd(session: Session, model: Model) -> None:
         beside = ", ".join(f"{found[key]:.2f} x {key}" for key in PEER_KEYS if key in found)
         session.say(
             f"{name}: {size:4} requests: {found['output_rate']:8.0f} tok/s in all, decode"
-            f" {found['decode_rate']:8.0f} ({1000 * found['step_seconds']:.2f} ms a step), first token after"
-            f" {found['first_token_ms']:.0f} ms; {found['ahead']:.0%} of steps launched ahead,"
+            f" {found['decode_rate']:8.0f} ({1000 * found['round_seconds']:.2f} ms a round,"
+            f" {found['rounds']:.0f} a step), first token after {found['first_token_ms']:.0f} ms;"
+            f" {found['ahead']:.0%} of steps launched ahead,"
             f" {found['queued']:.0%} queued before the device was done{': ' if beside else ''}{beside}"
         )
 
@@ -103,7 +104,8 @@ def run_crowd(model: Model, size: int, length: int, output: int, seed: str) -> d
         "seconds": seconds,
         "output_rate": size * output / seconds,
         "decode_rate": sum(step.num_sampled for step in decode) / spent if decode else 0.0,
-        "step_seconds": statistics.median([step.seconds for step in decode]) if decode else 0.0,
+        "round_seconds": statistics.median([s.seconds / s.num_rounds for s in decode]) if decode else 0.0,
+        "rounds": statistics.median([step.num_rounds for step in decode]) if decode else 0,
         "first_token_ms": 1000 * statistics.median([answer.times[0] - sent for answer in answers]),
         "preempted": sum(step.num_preempted for step in engine.steps),
         "ahead": sum(step.ahead for step in engine.steps) / len(engine.steps),

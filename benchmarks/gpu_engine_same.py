@@ -135,8 +135,14 @@ def one_at_a_time(
             numbers = [send(engine, requests[index]) for index in chosen]
             compared = compare(engine, numbers, [alone[index] for index in chosen])
         ahead = sum(step.ahead for step in engine.steps)
-        what = f"all at once, {ahead} of {len(engine.steps)} steps launched while one was under way"
-        yield compared, what, ahead > len(engine.steps) // 2 if runner is model.runner else ahead == 0
+        most = max(step.num_rounds for step in engine.steps)
+        what = (
+            f"all at once, {ahead} of {len(engine.steps)} steps launched while one was under way,"
+            f" up to {most} tokens a row"
+        )
+        is_free = runner is model.runner
+        real = ahead > len(engine.steps) // 2 and most > 1 if is_free else ahead == 0 and most == 1
+        yield compared, what, real
 
 
 def among_others(

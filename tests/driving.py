@@ -58,7 +58,7 @@ class Drive:
     def _launch(self) -> bool:
         """As many steps as there are and the runner takes. Whether one is under way."""
         while len(self._launched) < self.runner.max_steps:
-            step = self.scheduler.schedule(time.monotonic())
+            step = self.scheduler.schedule(time.monotonic(), self.runner.max_draws)
             if step is None:
                 break
             self._launched.append((step, self.runner.launch(step)))

@@ -20,6 +20,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model was trained for, as far as memory allows
     block_size: int = 16  # tokens in a KV block
     enable_prefix_caching: bool = True
+    decode_burst_ms: float = 16.0  # that a GPU decodes for before the scheduler looks again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,7 +65,7 @@ class Sequence:
     num_scheduled_tokens: int = 0  # and those that steps under way compute
     num_steps_under_way: int = 0  # that have a row of it
     num_draws_under_way: int = 0  # tokens that those steps draw: they are not in `token_ids` yet
-    draw_index: int = 0  # of the latest of them among all draws of its step
+    draw_index: int = 0  # of its row among those that draw, in the step that draws the latest of them
     num_cached_tokens: int = 0  # of those, found in the prefix cache when first admitted
     num_preemptions: int = 0
     # While it runs one for each cache group, 0 for a block behind the window; while it waits none.
@@ -87,10 +87,14 @@ class Sequence:
         A token that is being drawn counts, though nobody knows it yet, unless it is the last of the sequence.
         """
         num_draws = self.num_draws_under_way
-        num_tokens = len(self.token_ids) + num_draws
-        if num_draws and num_tokens - self.num_prompt_tokens >= self.max_tokens:
+        if num_draws and self.num_undrawn_tokens <= 0:
             return 0
-        return num_tokens - self.num_scheduled_tokens
+        return len(self.token_ids) + num_draws - self.num_scheduled_tokens
+
+    @property
+    def num_undrawn_tokens(self) -> int:
+        """How many tokens it may get that no step draws yet."""
+        return self.max_tokens - self.num_output_tokens - self.num_draws_under_way
 
     @property
     def num_output_tokens(self) -> int:
@@ -107,25 +111,39 @@ class Sequence:
 
 
 class Row(NamedTuple):
-    """One sequence's share of a step: compute `num_tokens` tokens from `start` on."""
+    """One sequence's share of a step: compute `num_tokens` tokens from `start` on, and draw from the last.
+
+    A row of one token may draw several, one after the other: each but the last is computed, and the next is
+    drawn from it, before the host hears of any.
+    """
 
     sequence: Sequence
     num_tokens: int
     start: int  # tokens before it: computed, or about to be by the step before
-    samples: bool  # whether it reaches the end of what is known, so that its last logits give a new token
-    # Its only token is not known yet: it is this one of the draws of the step before, which is under way.
+    num_draws: int  # 0 where it does not reach the end of what is known
+    # Its only token is not known yet: the step before, which is under way, draws it last, and this is the
+    # place of its row among those of that step that draw.
     previous_draw: int | None = None
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> Row:
         """The next tokens of a sequence that no step under way has."""
-        samples = num_tokens == sequence.num_uncomputed_tokens
-        return cls(sequence, num_tokens, sequence.num_computed_tokens, samples)
+        num_draws = int(num_tokens == sequence.num_uncomputed_tokens)
+        return cls(sequence, num_tokens, sequence.num_computed_tokens, num_draws)
+
+    @property
+    def samples(self) -> bool:
+        return self.num_draws > 0
 
     @property
     def end(self) -> int:
-        """The position of the token that is drawn, if it samples."""
+        """The position of the first token that is drawn, if one is."""
         return self.start + self.num_tokens
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens computed by it: those that it was given, and those drawn but the last."""
+        return self.num_tokens + max(0, self.num_draws - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +154,13 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
+        """In its first round."""
         return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_rounds(self) -> int:
+        """Forward passes: one more than tokens that a row draws and computes."""
+        return max([1, *(row.num_draws for row in self.rows)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +183,9 @@ RowResult = SampledToken | RowFailure | None
 
 class PendingStep(Protocol):
     def wait(self) -> SequenceABC[RowResult]:
-        """One entry a row, None for rows that do not sample. Raises EngineError.
+        """An entry for each draw, row after row, and None for a row that does not draw. Raises EngineError.
+
+        Behind a RowFailure the other entries of its row mean nothing.
 
         A step whose wait raised is over: the device no longer writes to its blocks.
         """
@@ -172,6 +198,11 @@ class Runner(Protocol):
     @property
     def max_steps(self) -> int:
         """How many steps may be under way: 1, or 2 if the device goes on to the next by itself."""
+        ...
+
+    @property
+    def max_draws(self) -> int:
+        """How many tokens a row may draw in one step."""
         ...
 
     def launch(self, step: Step) -> PendingStep:

@@ -34,6 +34,8 @@ class Bench:
         num_blocks: int = 200,
         max_seqs: int = 8,
         max_steps: int = 1,
+        max_draws: int = 1,
+        burst_seconds: float = 0.0,
         publish: Any = None,
         observer: Any = None,
     ):
@@ -46,6 +48,7 @@ class Bench:
             lambda: self.before_launch(),
             lambda: self.before_wait(),
             max_steps=max_steps,
+            max_draws=max_draws,
         )
         self.log = io.StringIO()
         self.failures: list[EngineError] = []
@@ -58,6 +61,7 @@ class Bench:
             self.device,
             publish or self.publish,
             observer=observer or self,
+            burst_seconds=burst_seconds,
             narration=Narration("json", stream=self.log),
             on_failure=self.fail,
         )

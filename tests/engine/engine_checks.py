@@ -12,6 +12,7 @@ import pytest
 from engine_ahead_checks import AHEAD_CHECKS
 from engine_block_checks import BLOCK_CHECKS, Check
 from engine_fakes import FakeDevice, alone
+from engine_round_checks import ROUND_CHECKS
 from engine_window_checks import WINDOW_CHECKS
 from engine_world import Arrival, Code, Scenario, World, play
 
@@ -20,7 +21,7 @@ from worker_orcd.engine.messages import GroupBlocks, Output, Submit
 from worker_orcd.errors import Internal
 from worker_orcd.sequence import FinishReason, SampledToken, SamplingParams
 
-CHECKS = BLOCK_CHECKS + WINDOW_CHECKS + AHEAD_CHECKS
+CHECKS = BLOCK_CHECKS + WINDOW_CHECKS + AHEAD_CHECKS + ROUND_CHECKS
 
 
 def check(function: Check) -> Check:

@@ -9,7 +9,8 @@ same tokens whatever the batch" is the whole test.
 
 Like a real device it computes between `launch` and the end of `wait`, as late as it can, steps in the order
 of their launch and all rows of a step at once: what one row writes, no other row of the step may read. A
-token that is not known at launch it takes from what the step before drew.
+token that is not known at launch it takes from what the step before drew. A row that draws several tokens
+computes each but the last before the next is drawn, round by round.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from worker_orcd.sequence import Row, RowFailure, RowResult, SampledToken, Step
 
 VOCAB = 24
 STOP = frozenset({0, 1})
+NOBODY_KNOWS = -1  # a token that a step under way draws and computes
 
 Windows = Sequence[int | None]  # of the cache groups
 Entries = list[dict[int, bytes]]  # for each group: position -> what is stored there
@@ -83,11 +85,17 @@ class _Copied:
 
     row: Row
     tables: list[list[int]]
-    token_ids: list[int]  # up to the end of the row, or but the one that is not known
+    token_ids: list[int]  # up to the end of the row, or but the one that is not known; then those drawn
+    results: list[RowResult] = field(default_factory=list[RowResult])
 
     @property
     def places(self) -> range:
-        return range(self.row.start, self.row.end)
+        return range(self.row.start, self.row.start + self.row.num_computed)
+
+    def places_of(self, number: int) -> range:
+        """Of a round."""
+        start, end = self.row.start, self.row.end
+        return range(start, end) if number == 0 else range(end + number - 1, end + number)
 
 
 @dataclass
@@ -136,8 +144,12 @@ class FakeDevice:
             assert len(tables) == len(self.groups)
             token_ids = s.token_ids[: row.end]
             unknown = row.previous_draw is not None
-            assert len(token_ids) == row.end - unknown and row.num_tokens >= 1
-            assert not (unknown and s.sampling.penalises), "a draw that depends on a token nobody knows"
+            assert row.num_tokens >= 1 and (row.num_tokens == 1 if unknown else len(token_ids) == row.end)
+            token_ids += [NOBODY_KNOWS] * (row.end - unknown - len(token_ids))
+            blind = unknown or row.num_draws > 1
+            assert not (blind and s.sampling.penalises), "a draw that depends on a token nobody knows"
+            last = row.end + max(1, row.num_draws) - 1
+            assert s.may_stop_at(row.end) == s.may_stop_at(last), "what is excluded changes meanwhile"
             rows.append(_Copied(row, tables, token_ids))
         behind = any(row.previous_draw is not None for row in step.rows)
         assert not behind or self.num_launched > self.num_computed, "no step is under way to draw a token"
@@ -150,39 +162,45 @@ class FakeDevice:
         for copied in pending.rows:
             if copied.row.previous_draw is not None:
                 copied.token_ids.append(self.drawn[copied.row.previous_draw])
-        before = [[list(block) for block in blocks] for blocks in self.cache]
-        results = [self._compute_row(before, copied) for copied in pending.rows]
+        for number in range(max(1, *(copied.row.num_draws for copied in pending.rows), 1)):
+            before = [[list(block) for block in blocks] for blocks in self.cache]
+            for copied in pending.rows:
+                if number < max(1, copied.row.num_draws):
+                    self._compute_row(before, copied, number)
         self.drawn = [
-            result.token_id if isinstance(result, SampledToken) else 0
-            for result, copied in zip(results, pending.rows, strict=True)
+            result.token_id if isinstance(result := copied.results[-1], SampledToken) else 0
+            for copied in pending.rows
             if copied.row.samples
         ]
-        return results
+        return [result for copied in pending.rows for result in copied.results]
 
-    def _compute_row(self, before: list[list[list[bytes | None]]], copied: _Copied) -> RowResult:
-        s, entries = copied.row.sequence, self._read(before, copied)
-        for position in copied.places:
+    def _compute_row(self, before: list[list[list[bytes | None]]], copied: _Copied, number: int) -> None:
+        s, places = copied.row.sequence, copied.places_of(number)
+        entries = self._read(before, copied, places.start)
+        for position in places:
             compute(entries, position, copied.token_ids[position], self.windows)
         for group, stored in enumerate(entries):
-            for position in copied.places:
+            for position in places:
                 block_id, offset = self._place(copied, group, position)
                 self.cache[group][block_id][offset] = stored[position]
                 self.salts[group, block_id] = s.cache_salt
-        if s.id in self.failing_rows:
+        if s.id in self.failing_rows and number + 1 >= copied.row.num_draws:
             self._spoil(copied)
-            return self.failing_rows.pop(s.id)
-        if not copied.row.samples:
-            return None
-        penalised = copied.token_ids if s.sampling.penalises else ()
-        last = copied.row.end - 1
-        return SampledToken(next_token(entries, last, self.windows, s.sampling.seed, penalised))
+            copied.results.append(self.failing_rows.pop(s.id))
+        elif not copied.row.samples:
+            copied.results.append(None)
+        else:
+            penalised = copied.token_ids if s.sampling.penalises else ()
+            drawn = next_token(entries, places.stop - 1, self.windows, s.sampling.seed, penalised)
+            copied.token_ids.append(drawn)
+            copied.results.append(SampledToken(drawn))
 
-    def _read(self, before: list[list[list[bytes | None]]], copied: _Copied) -> Entries:
-        """What was computed in earlier steps and the row's first token sees."""
+    def _read(self, before: list[list[list[bytes | None]]], copied: _Copied, start: int) -> Entries:
+        """What was computed before and the token at `start` sees."""
         entries: Entries = []
         for group, window in enumerate(self.windows):
             entries.append({})
-            for position in range(first_visible(copied.row.start, window), copied.row.start):
+            for position in range(first_visible(start, window), start):
                 block_id, offset = self._place(copied, group, position)
                 found = before[group][block_id][offset]
                 assert found is not None, "read of a slot never written"
@@ -219,9 +237,10 @@ class Gate:
         before_wait: Callable[[], None],
         *,
         max_steps: int = 1,
+        max_draws: int = 1,
     ):
         self.device, self.before_launch, self.before_wait = device, before_launch, before_wait
-        self.max_steps = max_steps
+        self.max_steps, self.max_draws = max_steps, max_draws
         self.num_steps = 0
 
     def launch(self, step: Step) -> _GatedStep:

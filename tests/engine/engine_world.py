@@ -64,6 +64,7 @@ class Scenario:
     max_seqs: int = 4
     caching: bool = True
     max_steps: int = 1  # under way
+    max_draws: int = 1  # of a row in a step
     failing_ticks: frozenset[int] = frozenset()  # at which a step that ends fails as a whole
 
     @property
@@ -128,6 +129,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         max_seqs=draw(st.integers(1, 6)),
         caching=draw(st.booleans() | st.just(True)),
         max_steps=draw(st.sampled_from([1, 2, 2])),
+        max_draws=draw(st.sampled_from([1, 1, 2, 3, 8])),
         failing_ticks=draw(st.sampled_from([frozenset[int]()] * 3 + [frozenset({1}), frozenset({2, 3, 9})])),
     )
 
@@ -245,17 +247,18 @@ class World:
             self.take(self.scheduler.update(step, results))
         self.check_in_flight()
         stats = self.scheduler.stats(0.5)
-        assert stats.num_rows == len(step.rows) and stats.num_tokens == step.num_tokens
+        assert stats.num_rows == len(step.rows) and stats.num_rounds == step.num_rounds
+        assert stats.num_tokens == sum(row.num_computed for row in step.rows)
         assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
         assert not stats.ahead or stats.num_preempted == 0
-        return {row.sequence.id: row.num_tokens for row in step.rows}
+        return {row.sequence.id: row.num_computed for row in step.rows}
 
     def launch(self) -> bool:
         self.take(self.scheduler.expire(self.tick))
         admitted_before = {s.id for s in self.scheduler.running}
         self.num_allocations = 0
         before = [pool.num_free for pool in self.pools]
-        step = self.scheduler.schedule(self.tick)
+        step = self.scheduler.schedule(self.tick, self.scenario.max_draws)
         if step is None:
             assert not self.launched or before == [pool.num_free for pool in self.pools], "something was done"
             self.check()
@@ -295,6 +298,9 @@ class World:
             self.check_group(group, self.scheduler.running + ended)
         assert not any(s.block_tables for s in self.scheduler.waiting), "who waits holds no blocks"
         assert not any(s.num_computed_tokens for s in self.scheduler.waiting), "and has nothing computed"
+        for s in self.scheduler.running:
+            idle = s.num_steps_under_way == 0
+            assert not idle or s.num_scheduled_tokens == s.num_computed_tokens, "what was computed is lost"
         for queue in (self.scheduler.running, self.scheduler.waiting):
             ranks = [(s.priority, s.arrival) for s in queue]
             assert ranks == sorted(ranks)
@@ -326,15 +332,21 @@ class World:
         assert len({r.sequence.id for r in step.rows}) == len(step.rows)
         for row in step.rows:
             sequence = row.sequence
-            assert row.num_tokens > 0 and row.start == sequence.num_scheduled_tokens - row.num_tokens
-            assert row.end <= len(sequence.token_ids) + (row.previous_draw is not None)
-            assert row.end < sequence.num_prompt_tokens + sequence.max_tokens, "more than it may have"
+            assert row.num_tokens > 0 and row.start == sequence.num_scheduled_tokens - row.num_computed
+            assert row.previous_draw is not None or row.end <= len(sequence.token_ids)
+            last = sequence.num_prompt_tokens + sequence.max_tokens
+            assert row.end + max(1, row.num_draws) <= last, "more than it may have"
+            assert row.num_draws <= scenario.max_draws
+            assert row.num_draws <= 1 or all(r.num_tokens == 1 and r.samples for r in step.rows)
             deadline = self.stories[row.sequence.id].sequence.deadline
             assert deadline is None or deadline > self.tick, "cycles on doomed work"
-            first, last = row.start // scenario.block_size, (row.end - 1) // scenario.block_size
+            first = row.start // scenario.block_size
+            last = (row.start + row.num_computed - 1) // scenario.block_size
             for pool, table in zip(self.pools, row.sequence.block_tables, strict=True):
                 for block_id in table[first : last + 1]:
                     assert pool.ref_count(block_id) == 1, "a write to a shared block"
+        if step.num_rounds > 1:
+            self.check_rounds(step)
         in_step = {r.sequence.id for r in step.rows}
         idle = [s for s in scheduler.running if s.id not in in_step and s.num_unscheduled_tokens]
         assert not idle or step.num_tokens == scenario.budget, "budget left, and somebody idle"
@@ -347,6 +359,14 @@ class World:
                 assert (admitted.priority, admitted.arrival) < (waiting.priority, waiting.arrival), (
                     "overtaken"
                 )
+
+    def check_rounds(self, step: Step) -> None:
+        running, in_step = self.scheduler.running, {row.sequence for row in step.rows}
+        assert not any(s.num_unscheduled_tokens > 1 for s in running), "a prompt waits for rounds of others"
+        assert not any(s.num_unscheduled_tokens and s not in in_step for s in running), "somebody waits"
+        if self.scheduler.waiting:
+            assert all(row.num_draws == step.num_rounds for row in step.rows), "a seat stays empty"
+            assert all(s in in_step for s in running), "a seat stays empty that is about to be free"
 
     def lacks_blocks(self, row: Row) -> bool:
         """Whether a pool had no block for the row's next token."""

@@ -225,7 +225,7 @@ def test_a_runner_that_miscounts_fails_the_step(bench: Bench):
     original = bench.device.device.compute
     bench.device.device.compute = lambda pending: original(pending)[:-1]  # type: ignore[method-assign]
     output = bench.last(bench.submit([1, 2, 3], 5))
-    assert output.error_code == "INTERNAL" and "0 results for 1 rows" in (output.error or "")
+    assert output.error_code == "INTERNAL" and "0 results instead of 1" in (output.error or "")
 
 
 def test_a_broken_listener_does_not_stop_the_engine():

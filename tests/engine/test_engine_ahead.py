@@ -143,14 +143,32 @@ def test_stopping_waits_for_both_steps(bench: Bench):
     assert bench.engine.snapshot.kv_blocks_free == 199
 
 
+# -- bursts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("burst_seconds", "most"), [(0.0, 1), (1e-9, 1), (10.0, 4)])
+def test_a_burst_is_as_many_tokens_as_there_is_time_for(burst_seconds: float, most: int):
+    bench = Bench(max_steps=2, max_draws=4, burst_seconds=burst_seconds)
+    numbers = [bench.submit([n + 1] * 5, 21, min_tokens=21) for n in range(3)]
+    bench.engine.start()
+    for number in numbers:
+        assert bench.last(number).finish_reason is FinishReason.LENGTH
+        assert bench.tokens(number) == alone([number + 1] * 5, 21, seed=number, min_tokens=21)
+        assert max(len(output.tokens) for output in bench.outputs[number]) == most
+    assert bench.engine.stop(SECONDS)
+    assert max(stats.num_rounds for stats in bench.stats) == most
+    assert sum(stats.num_sampled for stats in bench.stats) == 63
+
+
 # -- the same, whatever happens -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_storm_gives_the_answers_of_a_quiet_sea(seed: int):
+@pytest.mark.parametrize("max_draws", [1, 5])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_storm_gives_the_answers_of_a_quiet_sea(seed: int, max_draws: int):
     """Cancels, deadlines that have passed, steps that fail, too few blocks: tokens are those of one alone."""
     generator = random.Random(seed)
-    bench = Bench(max_steps=2, num_blocks=30, max_seqs=6)
+    bench = Bench(max_steps=2, num_blocks=30, max_seqs=6, max_draws=max_draws, burst_seconds=1.0)
     fails = [False]
 
     def maybe_fail() -> None:
@@ -184,3 +202,4 @@ def test_a_storm_gives_the_answers_of_a_quiet_sea(seed: int):
     assert bench.engine.stop(SECONDS)
     assert bench.engine.snapshot.kv_blocks_free == 29
     assert any(stats.ahead for stats in bench.stats) and not bench.failures
+    assert max(stats.num_rounds for stats in bench.stats) == max_draws

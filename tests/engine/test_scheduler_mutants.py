@@ -18,9 +18,9 @@ from engine_checks import CHECKS
 from engine_world import Code, Scenario, play, scenarios
 from hypothesis import HealthCheck, Phase, given, settings
 
-from worker_orcd.engine import block_tables, blocks, scheduler
+from worker_orcd.engine import block_tables, blocks, scheduler, step_plan
 
-MODULES = (blocks, block_tables, scheduler)  # in the order in which they import each other
+MODULES = (blocks, block_tables, step_plan, scheduler)  # in the order in which they import each other
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def in_tables(name: str, old: str, new: str) -> Mutant:
 
 def in_scheduler(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, scheduler, old, new)
+
+
+def in_plan(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, step_plan, old, new)
 
 
 MUTANTS = [
@@ -155,9 +159,8 @@ MUTANTS = [
     in_scheduler("who was preempted goes on", "if not sequence.block_tables:  #", "if False:  #"),
     in_scheduler(
         "a failed row is published",
-        "        if isinstance(result, RowFailure):\n",
-        "        if isinstance(result, RowFailure):\n"
-        "            self._publish_blocks(sequence, sequence.num_computed_tokens + row.num_tokens)\n",
+        "        if failure is not None:\n",
+        "        if failure is not None:\n            self._publish_blocks(sequence, row.end)\n",
     ),
     in_scheduler(
         "a failed step is published",
@@ -194,10 +197,8 @@ MUTANTS = [
         "an equal is preempted", "s.priority > sequence.priority", "s.priority >= sequence.priority"
     ),
     in_scheduler("some are preempted in vain", "bool(victims) and self", "bool(victims) or self"),
-    in_scheduler(
-        "a preempted row stays in the step", "self.rows.pop(sequence, 0)", "self.rows.get(sequence, 0)"
-    ),
-    in_scheduler(
+    in_plan("a preempted row stays in the step", "self.rows.pop(sequence, 0)", "self.rows.get(sequence, 0)"),
+    in_plan(
         "a preempted row's share is lost",
         "self.budget += self.rows.pop(sequence, 0)",
         "self.rows.pop(sequence, 0)",
@@ -219,26 +220,32 @@ MUTANTS = [
     ),
     in_scheduler("a step ahead is planned as any other", "ahead=bool(self._in_flight)", "ahead=False"),
     in_scheduler("penalties do not wait", "s.num_draws_under_way and s.sampling.penalises", "False"),
-    in_scheduler("a step ahead preempts for blocks", "self._tables.extend_all(growing)", "True"),
+    in_scheduler(
+        "a step ahead preempts for blocks", "self._tables.extend_all(dict.fromkeys(growing, 1))", "True"
+    ),
     in_scheduler(
         "a step ahead preempts for a priority",
         "if has_seat and self.waiting and self.waiting[0].priority < self.running[-1].priority:",
         "if False:",
     ),
-    in_scheduler("a draw is named by its row", "draw_index = num_draws", "draw_index = len(rows) - 1"),
+    in_plan("a draw is named by its row", "draw_index = num_drawing", "draw_index = len(rows) - 1"),
     in_scheduler(
         "what was dropped is not computed again",
         "row.sequence.num_scheduled_tokens = row.sequence.num_computed_tokens",
         "pass",
     ),
-    in_tables("each has room alone, all have not", "missing > group.pool.num_free", "False"),
+    in_tables(
+        "each has room alone, all have not",
+        "if missing and missing + spare > group.pool.num_free:",
+        "if False:",
+    ),
     in_scheduler(
         "a cancelled sequence still gets tokens",
         "if row.sequence.finish_reason is None:\n                outputs",
         "if True:\n                outputs",
     ),
-    in_scheduler("stop tokens do not stop", "if may_stop and", "if False and"),
-    in_scheduler("min_tokens is ignored", "may_stop = sequence.may_stop", "may_stop = True"),
+    in_scheduler("stop tokens do not stop", "stopped = result", "stopped = False and result"),
+    in_scheduler("min_tokens is ignored", " and sequence.may_stop", ""),
     in_scheduler(
         "one token too many",
         "num_output_tokens >= sequence.max_tokens",
@@ -248,9 +255,9 @@ MUTANTS = [
         "a deadline is missed by a step", "self._deadlines[0][0] <= now", "self._deadlines[0][0] < now"
     ),
     in_scheduler("a deadline outlives its sequence", " and sequence.arrival == arrival", ""),
-    in_scheduler("the budget is not spent", "        self.budget -= num_tokens\n", ""),
+    in_plan("the budget is not spent", "        self.budget -= num_tokens\n", ""),
     in_scheduler("the rest of the budget is lost", "        self._spend_rest(plan)\n", ""),
-    in_scheduler("a long prompt takes all", "-(-self.budget // 2)", "self.budget"),
+    in_plan("a long prompt takes all", "-(-self.budget // 2)", "self.budget"),
     in_scheduler(
         "prompts go before decodes",
         "        self._plan_decodes(plan)\n        self._plan_prompts(plan)\n",
@@ -269,6 +276,34 @@ MUTANTS = [
         "min(config.max_model_len or capacity, capacity)",
         "config.max_model_len or capacity",
     ),
+    in_plan("penalties draw blindly", "if sequence.sampling.penalises:", "if False:"),
+    in_plan("what is excluded is for all rounds", "and 0 < num_excluding < num_left:", "and False:"),
+    in_plan(
+        "more is drawn than max_tokens",
+        "min(plan.num_rounds, sequence.num_undrawn_tokens)",
+        "plan.num_rounds",
+    ),
+    in_plan(
+        "a round's token is computed again",
+        "num_scheduled_tokens += row.num_computed",
+        "num_scheduled_tokens += num_tokens",
+    ),
+    in_scheduler("prompts are in rounds", "any(s.num_unscheduled_tokens != 1 for s in plan.rows)", "False"),
+    in_scheduler("rounds pass those who stay behind", "(plan.budget == 0 or", "(False or"),
+    in_scheduler(
+        "rounds have no blocks",
+        "if most > 1 and not self._tables.extend_all(",
+        "if False and not self._tables.extend_all(",
+    ),
+    in_scheduler("rounds take the last blocks", "spare=len(self.running)", "spare=0"),
+    in_scheduler("a seat stays empty for rounds", "if most > 1 and self.waiting:", "if False:"),
+    in_scheduler("a row's results are another's", "end + (row.num_draws or 1)", "end + 1"),
+    in_scheduler(
+        "what is behind a stop counts",
+        "if stopped:\n                    break",
+        "if stopped:\n                    pass",
+    ),
+    in_scheduler("rounds are not computed", "row.end + max(0, len(tokens) - 1)", "row.end"),
     in_scheduler("a resume counts as an arrival", "if sequence.num_preemptions == 0:", "if True:"),
 ]
 
@@ -288,7 +323,7 @@ def load(mutant: Mutant) -> Code:
         made.append(importlib.util.module_from_spec(spec))
         sys.modules[name] = made[-1]
         exec(compile(source, name, "exec"), made[-1].__dict__)
-    return Code(blocks=made[0], tables=made[1], scheduler=made[2])
+    return Code(blocks=made[0], tables=made[1], scheduler=made[-1])
 
 
 def killer(code: Code) -> str | None:

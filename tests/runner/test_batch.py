@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker_orcd.errors import Internal
-from worker_orcd.kernels.backend import BatchInputs, Limits
+from worker_orcd.kernels.backend import BatchInputs, Counts, Limits
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs
 from worker_orcd.runner.batch import Batch
 from worker_orcd.runner.cache_plan import GroupPlan
@@ -62,9 +62,9 @@ def test_tokens_that_the_step_before_draws():
     counts = batch.fill(
         Step(
             (
-                Row(second.sequence, 1, 2, samples=True, previous_draw=1),
-                Row(chunk.sequence, 5, 4, samples=True),
-                Row(first.sequence, 1, 3, samples=False, previous_draw=0),
+                Row(second.sequence, 1, 2, num_draws=1, previous_draw=1),
+                Row(chunk.sequence, 5, 4, num_draws=1),
+                Row(first.sequence, 1, 3, num_draws=0, previous_draw=0),
             )
         )
     )
@@ -82,10 +82,37 @@ def test_draws_that_there_are_not_are_refused(num_tokens: int, draw: int):
     before = Row.of(sequence([10, 11, 12], 0, [7]), 3)
     batch.fill(Step((before,)))
     with pytest.raises(Internal, match=r"none of the 1 draws|beyond the tokens"):
-        batch.fill(Step((Row(before.sequence, num_tokens, 3, samples=True, previous_draw=draw),)))
+        batch.fill(Step((Row(before.sequence, num_tokens, 3, num_draws=1, previous_draw=draw),)))
     batch.fill(Step((before,)), every_logit=True)
     with pytest.raises(Internal, match="none of the 0 draws"):
-        batch.fill(Step((Row(before.sequence, 1, 3, samples=True, previous_draw=0),)))
+        batch.fill(Step((Row(before.sequence, 1, 3, num_draws=1, previous_draw=0),)))
+
+
+def test_rounds_have_the_blocks_that_they_write():
+    """The first round is as ever; the tables reach further."""
+    batch, inputs = batch_and_inputs(FULL, WINDOWED)
+    rows = [sequence([1] * 9, 8, [4, 5, 6]), sequence([2] * 3, 2, [7])]
+    for row, blocks in zip(rows, ([3, 8, 9], [10]), strict=True):
+        row.block_tables.append(blocks)
+    counts = batch.fill(Step((Row(rows[0], 1, 8, num_draws=4), Row(rows[1], 1, 2, num_draws=2))))
+    assert counts == Counts(2, 2, 2, num_rounds=4)
+    assert inputs.positions[:2].tolist() == [8, 2] and inputs.context_lens[:2].tolist() == [9, 3]
+    assert inputs.block_tables[0, 0, :3].tolist() == [4, 5, 6]
+    assert inputs.block_tables[1, 0, :3].tolist() == [3, 8, 9]
+    assert inputs.block_tables[0, 1, 0] == 7
+
+
+def test_rounds_are_of_rows_of_one_token_that_draw():
+    batch, _ = batch_and_inputs()
+    drawing = Row(sequence([1] * 5, 4, [4, 5]), 1, 4, num_draws=2)
+    for other in (
+        Row.of(sequence([1, 2, 3], 1, [6]), 2),
+        Row(sequence([1, 2, 3], 1, [6]), 1, 1, num_draws=0),
+    ):
+        with pytest.raises(Internal, match="several rounds"):
+            batch.fill(Step((drawing, other)))
+    with pytest.raises(Internal, match="beyond its blocks"):
+        batch.fill(Step((Row(drawing.sequence, 1, 4, num_draws=5),)))
 
 
 def test_a_step_that_samples_nothing_and_one_that_wants_everything():

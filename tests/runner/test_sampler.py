@@ -174,14 +174,17 @@ def test_a_draw_may_be_made_before_the_token_in_front_of_it():
         sampling=SamplingParams(),
         min_tokens=2,
     )
-    ahead = [SequenceRow(sequence, 1, 2 + n, samples=True, previous_draw=0) for n in range(2)]
+    ahead = [SequenceRow(sequence, 1, 2 + n, num_draws=1, previous_draw=0) for n in range(2)]
     sequence.token_ids.append(5)
     assert Draw.of(ahead[0]) == draw_of_next(sequence)
     assert [draw.position for draw in map(Draw.of, ahead)] == [3, 4]
     assert [draw.excluded for draw in map(Draw.of, ahead)] == [{7}, frozenset()]
+    several = SequenceRow(sequence, 1, 2, num_draws=3)
+    assert Draw.of(several).count == 3
     sequence.sampling = SamplingParams(frequency_penalty=0.1)
-    with pytest.raises(Internal, match="before its last token was known"):
-        Draw.of(ahead[0])
+    for row in (ahead[0], several):
+        with pytest.raises(Internal, match="before its last token was known"):
+            Draw.of(row)
 
 
 # -- what is kept ------------------------------------------------------------

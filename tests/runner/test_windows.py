@@ -54,6 +54,7 @@ class Watched:
     backend: Backend
     spoils: bool = False
     max_steps: int = 1
+    max_draws: int = 1
     sequences: dict[int, Sequence] = field(default_factory=dict)
     logits: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (sequence, position)
 

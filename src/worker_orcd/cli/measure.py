@@ -124,7 +124,9 @@ def _summary(
         decode_rate=sum(step.num_sampled for step in decode) / decode_seconds if decode else 0.0,
         between_tokens_ms=1000 * statistics.median(gaps) if gaps else 0.0,
         between_tokens_ms_p95=1000 * _p95(gaps) if gaps else 0.0,
-        decode_step_ms=1000 * statistics.median([step.seconds for step in decode]) if decode else 0.0,
+        decode_step_ms=1000 * statistics.median([step.seconds / step.num_rounds for step in decode])
+        if decode
+        else 0.0,
         decode_steps=len(decode),
     )
 

@@ -125,6 +125,12 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = _setting(
         "engine.enable_prefix_caching", "compute the common beginning of prompts only once"
     )
+    decode_burst_ms: float = _setting(
+        "engine.decode_burst_ms",
+        "how long a GPU decodes before new requests are looked at; tokens come as many at a time (0: one)",
+        ge=0,
+        le=1000,
+    )
 
     host: str = _setting(
         "server.host",

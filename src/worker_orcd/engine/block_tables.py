@@ -14,6 +14,7 @@ has its own pool and so its own block numbers; a block's place in a table is its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
@@ -146,19 +147,24 @@ class BlockTables:
             table += pool.allocate(num_blocks - len(table))
         return True
 
-    def extend_all(self, sequences: SequenceABC[Sequence]) -> bool:
-        """Hold a block for the next token of each. False, and nothing done, where not all can have one."""
+    def extend_all(self, num_tokens: Mapping[Sequence, int], spare: int = 0) -> bool:
+        """Hold blocks for so many next tokens of each. False, and nothing done, where not all can have them
+        and, if there are any to be had, leave `spare` blocks in each pool.
+        """
         size = self._block_size
-        lacking = [s for s in sequences if self._shortest(s) * size <= s.num_scheduled_tokens]
+        lacking = {
+            s: s.num_scheduled_tokens + n
+            for s, n in num_tokens.items()
+            if self._shortest(s) * size < s.num_scheduled_tokens + n
+        }
         for index, group in enumerate(self.groups):
             missing = sum(
-                max(0, self._num_blocks(s.num_scheduled_tokens + 1) - len(s.block_tables[index]))
-                for s in lacking
+                max(0, self._num_blocks(end) - len(s.block_tables[index])) for s, end in lacking.items()
             )
-            if missing > group.pool.num_free:
+            if missing and missing + spare > group.pool.num_free:
                 return False
         for s in lacking:
-            self.extend(s, 1)
+            self.extend(s, num_tokens[s])
         return True
 
     @staticmethod

@@ -9,6 +9,10 @@ Ahead. Where the runner takes two steps, the second is launched while the first 
 does not wait for the host; see `scheduler` for what is known then. Then the outputs of a step are published
 when it is over. What a sequence gets is the same either way, but a command may take effect a step later.
 
+Bursts. Where the runner draws several tokens a row in one step, a step of decodes has as many rounds as the
+device computes in `burst_seconds`: what the host does once a step is done once for all of them. Commands wait
+for as long, and tokens come as many at a time.
+
 Faults. A step that fails ends its own sequences with ERROR and the engine goes on. A step that was launched
 behind it is waited for and dropped: those of its sequences that are left compute it again. A lost device,
 three failing steps in a row (those that ran out of memory do not count), or a fault in the engine itself end
@@ -59,12 +63,13 @@ class _Launched:
     pending: PendingStep | Exception
 
     def wait(self) -> Sequence[RowResult]:
-        """One result a row."""
+        """As `PendingStep.wait`."""
         if isinstance(self.pending, Exception):
             raise self.pending
         results = self.pending.wait()
-        if len(results) != len(self.step.rows):
-            raise Internal(f"the runner gave {len(results)} results for {len(self.step.rows)} rows")
+        wanted = sum(row.num_draws or 1 for row in self.step.rows)
+        if len(results) != wanted:
+            raise Internal(f"the runner gave {len(results)} results instead of {wanted}")
         return results
 
 
@@ -86,6 +91,7 @@ class Engine:
         observer: StepObserver | None = None,
         narration: Narration | None = None,
         on_failure: Callable[[EngineError], None] = ignore_failure,
+        burst_seconds: float = 0.0,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -100,6 +106,8 @@ class Engine:
         self._outputs: list[Output] = []  # not yet published
         self._launched: deque[_Launched] = deque()  # the oldest first
         self._last_end = 0.0  # of a step, in time.monotonic() seconds
+        self._burst_seconds = burst_seconds
+        self._round_seconds = 0.0  # of a round of decodes, lately; 0: unknown
         self._num_failing_steps = 0  # in a row
         self._failure: EngineError | None = None
         self.snapshot: EngineSnapshot = scheduler.snapshot()
@@ -175,7 +183,7 @@ class Engine:
         """Whether there was a step to launch."""
         now = time.monotonic()
         self._outputs += self._scheduler.expire(now)
-        step = self._scheduler.schedule(now)
+        step = self._scheduler.schedule(now, self._max_draws())
         if step is None:
             return False
         try:
@@ -184,6 +192,11 @@ class Engine:
             pending = error
         self._launched.append(_Launched(step, now, pending))
         return True
+
+    def _max_draws(self) -> int:
+        if self._round_seconds <= 0.0:
+            return 1
+        return max(1, min(self._runner.max_draws, int(self._burst_seconds / self._round_seconds)))
 
     def _end_oldest(self) -> None:
         launched = self._launched.popleft()
@@ -197,7 +210,10 @@ class Engine:
             self._outputs += self._scheduler.update(launched.step, results)
         self._look()
         now = time.monotonic()
-        self._observe(now - max(launched.begun, self._last_end))
+        seconds = now - max(launched.begun, self._last_end)
+        if launched.step.num_tokens == len(launched.step.rows):
+            self._round_seconds = seconds / launched.step.num_rounds
+        self._observe(seconds)
         self._last_end = now
         if self._launched:  # else the device waits for the next step, which goes first
             self._flush()

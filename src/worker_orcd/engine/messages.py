@@ -65,7 +65,7 @@ class StepStats:
 
     seconds: float  # since it was begun, or since the step before it was over if that was later
     num_rows: int
-    num_tokens: int
+    num_tokens: int  # of all rounds
     num_prompt_tokens: int  # of num_tokens, those before a sequence's first output
     num_sampled: int
     num_preempted: int
@@ -75,6 +75,7 @@ class StepStats:
     num_waiting: int
     kv_groups: tuple[GroupBlocks, ...]
     ahead: bool = False  # launched while the step before was under way
+    num_rounds: int = 1  # forward passes: tokens that a row may have drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,10 @@ in the first step has a row in the second for nothing, and its result is ignored
 somebody would have to be preempted, `schedule` gives None, and a step when the first is over: penalties ask
 for the tokens before the next; a running sequence lacks a block for its next token; one that waits may
 preempt. So everybody who runs has the blocks that it needs, the ranks decide as above, and nothing starves.
+
+Rounds. In a step of decodes alone each row may draw several tokens, as many as the caller allows, where there
+are blocks for them, nothing that a draw depends on changes meanwhile, and nobody who waits could get the seat
+of one who reaches `max_tokens` meanwhile. What a row draws behind a stop token is thrown away.
 """
 
 from __future__ import annotations
@@ -52,11 +56,13 @@ from worker_orcd.config import EngineConfig
 from worker_orcd.engine.block_tables import BlockTables, CacheGroup, Prefix
 from worker_orcd.engine.blocks import hash_block, hash_salt
 from worker_orcd.engine.messages import EngineSnapshot, Output, StepStats, Submit
+from worker_orcd.engine.step_plan import StepPlan, max_draws_of, start
 from worker_orcd.errors import ContextLengthExceeded, Internal, InvalidParameter
 from worker_orcd.sequence import FinishReason, Row, RowFailure, RowResult, SampledToken, Sequence, Step
 
 MAX_STEPS = 2  # under way
 _MAX_TOKEN_ID = 2**31 - 1
+_LOST = RowFailure(Internal.code, "the runner lost track of a sequence")
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
@@ -82,8 +88,8 @@ class Scheduler:
             tuple[float, int, int]
         ] = []  # a heap of (deadline, arrival, id); some have ended
         self._num_arrivals = 0
-        self._in_flight: deque[tuple[Step, _Plan]] = deque()  # the oldest first
-        self._updated = _Plan(0)  # of the step that was updated, or failed, last
+        self._in_flight: deque[tuple[Step, StepPlan]] = deque()  # the oldest first
+        self._updated = StepPlan(0)  # of the step that was updated, or failed, last
         capacity = self._tables.max_len
         self.max_len = min(config.max_model_len or capacity, capacity)
 
@@ -149,13 +155,13 @@ class Scheduler:
 
     # -- steps ---------------------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> Step | None:
+    def schedule(self, now: float, max_draws: int = 1) -> Step | None:
         """The next step. None if there is nothing to compute, or not before the step under way is over.
 
-        At most `MAX_STEPS` may be under way.
+        A row draws at most `max_draws` tokens. At most `MAX_STEPS` may be under way.
         """
         assert len(self._in_flight) < MAX_STEPS, "too many steps under way: the first is not over"
-        plan = _Plan(self._config.max_num_batched_tokens, ahead=bool(self._in_flight))
+        plan = StepPlan(self._config.max_num_batched_tokens, ahead=bool(self._in_flight))
         if plan.ahead and not self._may_go_ahead():
             return None
         self._plan_decodes(plan)
@@ -164,19 +170,22 @@ class Scheduler:
         self._spend_rest(plan)
         if not plan.rows:
             return None
-        step = _start(plan)
+        plan.num_rounds = self._num_rounds(plan, max_draws)
+        step = start(plan)
         self._in_flight.append((step, plan))
         return step
 
     def update(self, step: Step, results: SequenceABC[RowResult]) -> list[Output]:
-        """Take in the oldest step under way, computed, one result a row: advance its sequences and end those
-        that are done.
+        """Take in the oldest step under way, computed, with results as `PendingStep.wait` gives them: advance
+        its sequences and end those that are done.
         """
         plan = self._updated = self._end_step(step)
         outputs: list[Output] = []
-        for row, result in zip(step.rows, results, strict=True):
+        end = 0
+        for row in step.rows:
+            begin, end = end, end + (row.num_draws or 1)
             if row.sequence.finish_reason is None:
-                outputs += self._advance(row, result, plan)
+                outputs += self._advance(row, results[begin:end], plan)
         return outputs
 
     def fail(self, step: Step, code: str, error: str) -> list[Output]:
@@ -203,7 +212,8 @@ class Scheduler:
             seconds=seconds,
             ahead=plan.ahead,
             num_rows=len(plan.rows),
-            num_tokens=sum(plan.rows.values()),
+            num_rounds=plan.num_rounds,
+            num_tokens=plan.num_tokens,
             num_prompt_tokens=plan.num_prompt_tokens,
             num_sampled=plan.num_sampled,
             num_preempted=plan.num_preempted,
@@ -232,16 +242,16 @@ class Scheduler:
         has_seat = 0 < len(self.running) < self._config.max_num_seqs
         if has_seat and self.waiting and self.waiting[0].priority < self.running[-1].priority:
             return False
-        return self._tables.extend_all(growing)
+        return self._tables.extend_all(dict.fromkeys(growing, 1))
 
-    def _plan_decodes(self, plan: _Plan) -> None:
+    def _plan_decodes(self, plan: StepPlan) -> None:
         for sequence in [s for s in self.running if s.num_unscheduled_tokens == 1]:
             if plan.budget == 0:
                 break
             if self._grow(sequence, plan):
                 plan.add(sequence, 1)
 
-    def _plan_prompts(self, plan: _Plan) -> None:
+    def _plan_prompts(self, plan: StepPlan) -> None:
         prompts = [s for s in self.running if s not in plan.rows and s.num_unscheduled_tokens > 1]
         others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
         for i, sequence in enumerate(prompts):
@@ -250,7 +260,7 @@ class Scheduler:
             if self._grow(sequence, plan):
                 self._add_chunk(sequence, plan, others_behind=others_wait or i + 1 < len(prompts))
 
-    def _admit_waiting(self, plan: _Plan, now: float) -> None:
+    def _admit_waiting(self, plan: StepPlan, now: float) -> None:
         while self.waiting and plan.budget > 0 and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             if not self._allocate(sequence, plan):
@@ -267,14 +277,14 @@ class Scheduler:
             others_wait = bool(self.waiting) and len(self.running) < self._config.max_num_seqs
             self._add_chunk(sequence, plan, others_behind=others_wait)
 
-    def _add_chunk(self, sequence: Sequence, plan: _Plan, *, others_behind: bool) -> None:
+    def _add_chunk(self, sequence: Sequence, plan: StepPlan, *, others_behind: bool) -> None:
         """Its share of the budget, or as much of that as there are blocks for; it holds one for a token."""
         share = plan.share(sequence.num_unscheduled_tokens, others_behind=others_behind)
         num_tokens = min(share, self._tables.reach(sequence))
         self._tables.extend(sequence, num_tokens)
         plan.add(sequence, num_tokens)
 
-    def _spend_rest(self, plan: _Plan) -> None:
+    def _spend_rest(self, plan: StepPlan) -> None:
         for sequence, num_tokens in plan.rows.items():
             if plan.budget == 0:
                 break
@@ -284,7 +294,21 @@ class Scheduler:
                 self._tables.extend(sequence, wanted)
                 plan.enlarge(sequence, wanted)
 
-    def _allocate(self, sequence: Sequence, plan: _Plan) -> bool:
+    def _num_rounds(self, plan: StepPlan, most: int) -> int:
+        """How many tokens each row can draw; those that end before draw fewer. Holds the blocks for them."""
+        if most > 1 and (plan.budget == 0 or any(s.num_unscheduled_tokens != 1 for s in plan.rows)):
+            return 1  # a prompt goes on in the next step, or somebody had to stay behind
+        if most > 1:
+            most = min(most, *map(max_draws_of, plan.rows))
+        if most > 1 and self.waiting:
+            most = max(1, min(most, *(s.num_undrawn_tokens for s in self.running)))
+        if most > 1 and not self._tables.extend_all(
+            {s: min(most, s.num_undrawn_tokens) for s in plan.rows}, spare=len(self.running)
+        ):
+            return 1
+        return most
+
+    def _allocate(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Give a waiting sequence the blocks of its tokens, cached ones where there are any."""
         # At least one token must be computed, to have logits to sample from.
         reusable = (len(sequence.token_ids) - 1) // self._config.block_size
@@ -302,7 +326,7 @@ class Scheduler:
         kept = len(self.running) - len(victims)
         return bool(victims) and self._tables.has_room(prefix, len(sequence.token_ids), kept, victims)
 
-    def _grow(self, sequence: Sequence, plan: _Plan) -> bool:
+    def _grow(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Make sure that there is a slot for the next token. False if the sequence itself had to give way."""
         if not sequence.block_tables:  # preempted for one of better rank a moment ago
             return False
@@ -313,7 +337,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         assert not plan.ahead, "a sequence is preempted while a step is under way"
         self.running.remove(sequence)
         plan.remove(sequence)
@@ -324,41 +348,49 @@ class Scheduler:
 
     # -- results -------------------------------------------------------------------------------------------
 
-    def _end_step(self, step: Step) -> _Plan:
+    def _end_step(self, step: Step) -> StepPlan:
         oldest, plan = self._in_flight.popleft()
         assert step is oldest, "not the oldest step under way"
         for row in step.rows:
             sequence = row.sequence
             sequence.num_steps_under_way -= 1
-            sequence.num_draws_under_way -= row.samples
+            sequence.num_draws_under_way -= row.num_draws
             if sequence.finish_reason is not None and sequence.num_steps_under_way == 0:
                 self._tables.release(sequence)
         return plan
 
-    def _advance(self, row: Row, result: RowResult, plan: _Plan) -> list[Output]:
-        sequence = row.sequence
-        if isinstance(result, RowFailure):
-            return [self._finish(sequence, FinishReason.ERROR, code=result.code, error=result.message)]
-        if row.samples != (result is not None):
-            error = "the runner lost track of a sequence"
-            return [self._finish(sequence, FinishReason.ERROR, code=Internal.code, error=error)]
+    def _advance(self, row: Row, results: SequenceABC[RowResult], plan: StepPlan) -> list[Output]:
+        sequence, tokens, failure, stopped = row.sequence, list[SampledToken](), None, False
         if sequence.num_output_tokens == 0:
             plan.num_prompt_tokens += row.num_tokens
-        self._publish_blocks(sequence, row.end)
-        sequence.num_computed_tokens = row.end
+        for result in results:
+            if isinstance(result, SampledToken) and row.samples:
+                tokens.append(result)
+                stopped = result.token_id in sequence.stop_token_ids and sequence.may_stop
+                sequence.token_ids.append(result.token_id)
+                if stopped:
+                    break
+            elif result is not None or row.samples:
+                failure = result if isinstance(result, RowFailure) else _LOST
+                break
+        plan.num_sampled += len(tokens)
+        if failure is not None:
+            outputs = [self._news(sequence, tokens)] if tokens else []
+            error = self._finish(sequence, FinishReason.ERROR, code=failure.code, error=failure.message)
+            return [*outputs, error]
+        num_computed = row.end + max(0, len(tokens) - 1)
+        self._publish_blocks(sequence, num_computed)
+        sequence.num_computed_tokens = num_computed
         self._tables.release_behind(sequence)
-        if result is None:
-            return []
-        plan.num_sampled += 1
-        may_stop = sequence.may_stop
-        sequence.token_ids.append(result.token_id)
-        if may_stop and result.token_id in sequence.stop_token_ids:
-            return [self._finish(sequence, FinishReason.STOP, (result,))]
-        if sequence.num_output_tokens >= sequence.max_tokens:
-            return [self._finish(sequence, FinishReason.LENGTH, (result,))]
-        return [
-            Output(sequence.id, (result,), sequence.num_cached_tokens, queue_seconds=sequence.queue_seconds)
-        ]
+        if stopped or sequence.num_output_tokens >= sequence.max_tokens:
+            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+            return [self._finish(sequence, reason, tuple(tokens))]
+        return [self._news(sequence, tokens)] if tokens else []
+
+    @staticmethod
+    def _news(sequence: Sequence, tokens: list[SampledToken]) -> Output:
+        cached, queued = sequence.num_cached_tokens, sequence.queue_seconds
+        return Output(sequence.id, tuple(tokens), cached, queue_seconds=queued)
 
     def _finish(
         self,
@@ -424,51 +456,3 @@ class Scheduler:
             return
         self._extend_hashes(sequence, num_computed)
         self._tables.publish(sequence, first, end)
-
-
-class _Plan:
-    """The step being made: who computes how much, what is left of the budget, what to tell the observer."""
-
-    def __init__(self, budget: int, *, ahead: bool = False) -> None:
-        self.budget = budget
-        self.ahead = ahead  # behind a step that is under way
-        self.rows: dict[Sequence, int] = {}  # in the order of the step
-        self.num_preempted = 0
-        self.prefix_query_tokens = 0
-        self.prefix_hit_tokens = 0
-        self.num_prompt_tokens = 0
-        self.num_sampled = 0
-
-    def add(self, sequence: Sequence, num_tokens: int) -> None:
-        self.rows[sequence] = num_tokens
-        self.budget -= num_tokens
-
-    def enlarge(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make a row as long as that."""
-        self.budget -= num_tokens - self.rows[sequence]
-        self.rows[sequence] = num_tokens
-
-    def share(self, wanted: int, *, others_behind: bool) -> int:
-        """All that is wanted if it fits, else half of the budget if others want some too, else all."""
-        return min(wanted, -(-self.budget // 2) if wanted > self.budget and others_behind else self.budget)
-
-    def remove(self, sequence: Sequence) -> None:
-        self.num_preempted += 1
-        self.budget += self.rows.pop(sequence, 0)
-
-
-def _start(plan: _Plan) -> Step:
-    """The step that was planned; its sequences are told that it is under way."""
-    rows: list[Row] = []
-    num_draws = 0
-    for sequence, num_tokens in plan.rows.items():
-        previous = sequence.draw_index if sequence.num_draws_under_way else None
-        samples = num_tokens == sequence.num_unscheduled_tokens
-        rows.append(Row(sequence, num_tokens, sequence.num_scheduled_tokens, samples, previous))
-        sequence.num_scheduled_tokens += num_tokens
-        sequence.num_steps_under_way += 1
-        if samples:
-            sequence.num_draws_under_way += 1
-            sequence.draw_index = num_draws
-            num_draws += 1
-    return Step(tuple(rows))

@@ -101,6 +101,9 @@ class Counts:
     num_tokens: int
     num_rows: int
     num_logits: int
+    # Forward passes. In each after the first, every row computes the token that it has just drawn; then all
+    # rows have one token, and draw.
+    num_rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +153,19 @@ class CompiledForward(Protocol):
 class DrawingForward(CompiledForward, Protocol):
     """Of a device that also draws the tokens, so that logits need not be copied from it."""
 
+    max_draws: int  # rounds of a step
+
     def launch(self, counts: Counts, draws: Iterable[Draw | None]) -> Callable[[], Sequence[RowResult]]:
         """Start a step on what the input buffers hold, without waiting for it, and the draws of its rows.
 
         `draws` has an entry a row, None where it does not sample. It is iterated over once the device
         computes, so that making them takes none of its time. What is returned waits and gives the results,
-        an entry a row, once. Both raise EngineError, and then the device does no more for the step.
+        once, as `sequence.PendingStep` has them. Both raise EngineError, and then the device does no more for
+        the step.
 
         Two steps may be under way, waited for in order. The input buffers may be filled for the second once
         `launch` has returned. Its `token_ids` may be negative: -1 - i is the token that draw i of the first,
-        None not counted, will have given.
+        None not counted, will have given last.
         """
         ...
 

@@ -22,12 +22,13 @@ class Draw:
     excluded: frozenset[int]  # cannot be drawn: stop tokens before `min_tokens` outputs
     token_ids: TokenIds | None  # prompt and output; None where no penalty asks for them
     num_prompt_tokens: int
+    count: int = 1  # tokens to draw, at this position and those behind it
 
     @classmethod
     def of(cls, row: Row) -> Draw:
         """Of a row that samples. Raises Internal where a penalty asks for a token that is not known yet."""
         sequence, params = row.sequence, row.sequence.sampling
-        if params.penalises and row.previous_draw is not None:
+        if params.penalises and (row.previous_draw is not None or row.num_draws > 1):
             raise Internal("a row with penalties was launched before its last token was known")
         return cls(
             params=params,
@@ -35,6 +36,7 @@ class Draw:
             excluded=frozenset() if sequence.may_stop_at(row.end) else sequence.stop_token_ids,
             token_ids=np.array(sequence.token_ids, dtype=np.int64) if params.penalises else None,
             num_prompt_tokens=sequence.num_prompt_tokens,
+            count=row.num_draws,
         )
 
 

@@ -48,6 +48,7 @@ class Batch:
     def fill(self, step: Step, *, every_logit: bool = False) -> Counts:
         """Logits are wanted of the last token of each row that samples; of every token if `every_logit`.
 
+        Block tables reach as far as all rounds of the step write; the rest is as its first round has it.
         Raises Internal where the step breaks a rule of the seam between scheduler and runner.
         """
         num_rows = len(step.rows)
@@ -69,12 +70,16 @@ class Batch:
         rows, offsets = _places_in_runs(lengths)  # (num_tokens,)
         positions = computed[rows] + offsets  # (num_tokens,)
         self._positions[:num_tokens] = positions
+        ever = computed + np.array([row.num_computed for row in step.rows], dtype=np.int64)
         for group in range(len(self._groups)):
-            self._fill_blocks(step, group, computed, computed + lengths)
+            self._fill_blocks(step, group, computed, ever)
             self._fill_slots(group, rows, positions)
         num_logits = self._fill_logit_tokens(step, ends, every_logit)
+        num_rounds = step.num_rounds
+        if num_rounds > 1 and not num_tokens == num_rows == num_logits:
+            raise Internal("a row of many tokens, or that draws none, in a step of several rounds")
         self._num_draws = 0 if every_logit else num_logits
-        return Counts(num_tokens, num_rows, num_logits)
+        return Counts(num_tokens, num_rows, num_logits, num_rounds)
 
     def _fill_tokens(self, step: Step, num_tokens: int) -> None:
         token_ids = np.fromiter(chain.from_iterable(map(_new_tokens, step.rows)), dtype=np.int64)

@@ -51,6 +51,7 @@ class ModelRunner:
         self._drawing = compiled if isinstance(compiled, DrawingForward) else None
         self._sampler = Sampler(config.vocab_size)
         self.max_steps = 1 if self._drawing is None else 2
+        self.max_draws = 1 if self._drawing is None else self._drawing.max_draws
         self._under_way: deque[_PendingStep] = deque()  # the oldest first
 
     def launch(self, step: Step) -> PendingStep:
@@ -78,6 +79,8 @@ class ModelRunner:
     def _fill(self, step: Step, most: int, *, every_logit: bool) -> Counts:
         if len(self._under_way) >= most:
             raise Internal(f"a step was launched while {len(self._under_way)} were under way")
+        if step.num_rounds > self.max_draws:
+            raise Internal(f"a row draws {step.num_rounds} tokens; at most {self.max_draws} are allowed")
         return self._batch.fill(step, every_logit=every_logit)
 
     def _draw_here(self, counts: Counts, draws: Sequence[Draw | None]) -> Sequence[RowResult]:

@@ -178,7 +178,13 @@ def start_engine(
     """
     scheduler = Scheduler(loaded.engine_config, cache_groups(loaded.plan))
     engine = Engine(
-        scheduler, loaded.runner, publish, observer=observer, narration=narration, on_failure=on_failure
+        scheduler,
+        loaded.runner,
+        publish,
+        observer=observer,
+        narration=narration,
+        on_failure=on_failure,
+        burst_seconds=loaded.engine_config.decode_burst_ms / 1000.0,
     )
     engine.start()
     return engine

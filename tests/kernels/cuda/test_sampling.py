@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from worker_orcd.kernels.cuda.draw_slab import (
     EXTRA_ENTRIES,
     MAX_VOCAB,
     MOST_ENTRIES,
+    NONE_LEFT,
+    OK,
     SEEN,
     SMALLEST_ENTRIES,
     USED,
@@ -260,6 +264,7 @@ class Launches(Kernels):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), 90)
         self.made: list[tuple[str, tuple[int, int, int]]] = []
+        self.given: list[tuple[Kernel, tuple[torch.Tensor | float, ...]]] = []
 
     def launch(self, kernel: Kernel, grid: tuple[int, int, int], *arguments: torch.Tensor | float) -> None:
         assert len(arguments) == len(kernel.arguments)
@@ -268,6 +273,7 @@ class Launches(Kernels):
             if isinstance(value, torch.Tensor) and name != "logits":
                 assert value.data_ptr() % 16 == 0, name
         self.made.append((kernel.function, grid))
+        self.given.append((kernel, arguments))
 
 
 def test_a_plain_step_is_two_launches() -> None:
@@ -299,7 +305,7 @@ def test_what_rows_ask_for_is_launched_in_order() -> None:
 def test_results_are_told_apart_by_row() -> None:
     sampler = DeviceSampler(Launches(), VOCAB, 5)
     sampler.prepare([draw_of(), None, draw_of(logit_bias=((-1, 1.0),)), draw_of()])
-    sampler.token_ids[:3] = torch.tensor([7, 8, 9], dtype=torch.int32)
+    sampler.token_ids[0, :3] = torch.tensor([7, 8, 9], dtype=torch.int32)
     sampler.download()
     first, second, third, fourth = sampler.results()
     assert (first, second, fourth) == (SampledToken(7), None, SampledToken(9))
@@ -311,13 +317,49 @@ def test_results_of_two_steps_are_told_in_order() -> None:
     for first_token, draws in ((3, [draw_of(), draw_of()]), (40, [None, draw_of(), draw_of(logprobs=50)])):
         sampler.prepare(draws)
         sampler.upload()
-        sampler.token_ids[:2] = torch.tensor([first_token, first_token + 1], dtype=torch.int32)
+        sampler.token_ids[0, :2] = torch.tensor([first_token, first_token + 1], dtype=torch.int32)
         sampler.download()
     assert sampler.results() == [SampledToken(3), SampledToken(4)]
     nothing, token, failure = sampler.results()
     assert (nothing, token) == (None, SampledToken(40)) and isinstance(failure, RowFailure)
     with pytest.raises(IndexError):
         sampler.results()
+
+
+def test_results_of_rounds_are_told_by_row() -> None:
+    """The last round's are in the first slot; a row that drew fewer tokens has those of the first rounds."""
+    sampler = DeviceSampler(Launches(), VOCAB, 5)
+    draws = [draw_of(), draw_of(logit_bias=((-1, 1.0),)), draw_of(logprobs=1)]
+    sampler.prepare([replace(draw, count=count) for draw, count in zip(draws, (3, 2, 1), strict=True)])
+    for number in range(3):
+        sampler.token_ids[2 - number, :3] = torch.tensor([7, 8, 9], dtype=torch.int32) + 10 * number
+        views = sampler._views
+        views["masses"][2 - number, 2] = float(number + 1)
+        views["statuses"][2 - number, 0] = NONE_LEFT if number == 2 else OK
+    sampler.download(3)
+    found = sampler.results()
+    assert found[:2] == [SampledToken(7), SampledToken(17)]
+    assert isinstance(found[2], RowFailure) and "no token" in found[2].message
+    assert len(found) == 6 and all(isinstance(one, RowFailure) for one in found[3:5])
+    last = found[5]
+    assert isinstance(last, SampledToken) and last.token_id == 9
+    assert last.logprob == pytest.approx(44 * math.log(2.0))
+
+
+def test_a_launch_writes_to_its_slot() -> None:
+    kernels = Launches()
+    sampler = DeviceSampler(kernels, 9000, 5)
+    for slot in (0, 3):
+        kernels.given.clear()
+        sampler.launch(torch.zeros(5, 9000), Wanted(logprobs=True), slot=slot)
+        names = {
+            name: value
+            for kernel, values in kernels.given
+            for (name, _), value in zip(kernel.arguments, values, strict=True)
+            if isinstance(value, torch.Tensor)
+        }
+        for name in ("tokens", "statuses", "token_logits", "top_ids", "top_logits"):
+            assert names[name].data_ptr() == sampler._views[name][slot].data_ptr(), name
 
 
 def test_draws_of_the_next_step_leave_those_that_are_being_copied_alone() -> None:

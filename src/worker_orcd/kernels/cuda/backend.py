@@ -58,6 +58,7 @@ from worker_orcd.kernels.cuda.program import (
     Value,
     fresh,
 )
+from worker_orcd.kernels.cuda.rounds import Rounds
 from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.cuda.step import CudaStep, DrawingStep
 from worker_orcd.kernels.cuda.weights import CudaWeight, Uploader
@@ -324,16 +325,19 @@ class CudaBackend:
         if self._device.type == "cuda" and result.width <= MAX_VOCAB:
             with torch.inference_mode():
                 sampler = DeviceSampler(self._kernels, result.width, limits.max_rows, limits.longest)
-        drawn = None if sampler is None else sampler.token_ids
+        drawn = None if sampler is None else sampler.token_ids[0]
         launcher = self._make_launcher(self._kernels, staging.device, limits, operations, drawn)
         executor = Executor(operations, result, launcher, staging, limits, self._kernels, graphs=self._graphs)
         if self._device.type != "cuda":
             return CudaStep(executor, self._device)
         with torch.inference_mode():
-            executor.warm(self._on_compile, sampler)
-        if sampler is None:
-            return CudaStep(executor, self._device)
-        return DrawingStep(executor, self._device, sampler)
+            if sampler is None:
+                executor.warm(self._on_compile)
+                return CudaStep(executor, self._device)
+            rounds = Rounds(self._kernels, staging.device, limits, sampler.token_ids, sampler.ints)
+            step = DrawingStep(executor, self._device, sampler, rounds)
+            step.warm(self._on_compile)
+            return step
 
     def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
         activations = 6 * limits.max_tokens * (widest + 64)

@@ -38,12 +38,13 @@ class Int(enum.IntEnum):
     """Fields of `ints`."""
 
     SEED = 0  # uint64
-    POSITION = 1
+    POSITION = 1  # of the token to draw; a round moves it on
     FLAGS = 2  # 0: no draw
     TOP_K = 3  # 0: off
     NUM_TOP = 4
     ENTRY_START = 5
     ENTRY_COUNT = 6
+    LAST = 7  # position of the last token that the row draws in the step
 
 
 class Real(enum.IntEnum):
@@ -84,6 +85,11 @@ def entries_needed(vocab_size: int, max_rows: int, longest: int) -> int:
     return max(SMALLEST_ENTRIES, min(needed, MOST_ENTRIES))
 
 
+def parameter_bytes(max_rows: int) -> int:
+    """On the device, beside entries."""
+    return 8 * (len(Int) + len(Real)) * max_rows
+
+
 def entry_bytes(num_entries: int) -> int:
     """On the device: of each its record, and its logit as it was."""
     return num_entries * (_ENTRY.itemsize + 4)
@@ -93,7 +99,7 @@ class _Side:
     """What the host writes down of one step."""
 
     def __init__(self, max_rows: int, device: torch.device, num_entries: int) -> None:
-        self.parameters = HostSide(8 * (len(Int) + len(Real)) * max_rows, device)
+        self.parameters = HostSide(parameter_bytes(max_rows), device)
         split = 8 * len(Int) * max_rows
         numbers = self.parameters.buffer
         self.ints = numbers[:split].numpy().view(np.int64).reshape(len(Int), max_rows)
@@ -143,7 +149,8 @@ class DrawSlab:
         ints, reals = side.ints[:, :n], side.reals[:, :n]
         all_params = [draw.params for draw in draws]
         ints.view(np.uint64)[Int.SEED] = [params.seed for params in all_params]
-        ints[Int.POSITION] = [draw.position for draw in draws]
+        ints[Int.POSITION] = positions = np.array([draw.position for draw in draws], np.int64)
+        ints[Int.LAST] = positions + [draw.count - 1 for draw in draws]
         top_k = np.array([params.top_k for params in all_params], np.int64)
         num_top = np.array([-1 if p.logprobs is None else p.logprobs for p in all_params], np.int64)
         temperature = np.array([params.temperature for params in all_params], np.float64)

@@ -17,7 +17,6 @@ from worker_orcd.kernels.backend import Counts, Limits
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.inputs import Bucket, Staging
 from worker_orcd.kernels.cuda.program import Buffer, Operation, Rows, Value
-from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.placement import Lifetime
 
 ALIGNMENT = 256  # bytes, of every buffer
@@ -142,8 +141,12 @@ class Executor:
 
     def start(self, counts: Counts) -> torch.Tensor:
         """Queue a step on the current stream. The result: (num_logits, vocab_size) float32, on the device."""
+        self._staging.copy(counts, bucket_for(counts, self.buckets))
+        return self.again(counts)
+
+    def again(self, counts: Counts) -> torch.Tensor:
+        """Queue a step on what the inputs on the device are by then."""
         bucket = bucket_for(counts, self.buckets)
-        self._staging.copy(counts, bucket)
         graph = self._graph(bucket) if self._use_graphs else None
         if graph is not None:
             graph.replay()
@@ -152,22 +155,26 @@ class Executor:
                 launch()
         return self._arena.view(self._result, bucket)[: counts.num_logits]
 
-    def warm(self, on_progress: Callable[[int, int], None], sampler: DeviceSampler | None = None) -> None:
+    def warm(
+        self,
+        on_progress: Callable[[int, int], None],
+        launch_more: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         """Compile every kernel and make every bucket ready, the largest first. `on_progress(done, all)`.
 
-        With `sampler`: its kernels for these logits too.
+        `launch_more`, given logits, launches each kernel that works on them.
         """
 
         def launch_all() -> None:
             for bucket in self.buckets:
                 for launch in self._of(bucket):
                     launch()
-            if sampler is not None:
-                sampler.launch_all(self._arena.view(self._result, self.buckets[0]))
+            if launch_more is not None:
+                launch_more(self._arena.view(self._result, self.buckets[0]))
 
         self._kernels.compile_all(self._kernels.collect(launch_all), on_progress)
-        if sampler is not None:  # kernels are loaded onto the device at their first launch
-            sampler.launch_all(self._arena.view(self._result, self.buckets[0]))
+        if launch_more is not None:  # kernels are loaded onto the device at their first launch
+            launch_more(self._arena.view(self._result, self.buckets[0]))
         if self._use_graphs:
             for bucket in reversed(self.buckets):
                 self._graph(bucket)

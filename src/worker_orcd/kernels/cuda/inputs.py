@@ -76,6 +76,7 @@ class Staging:
         self._device[: self._tables].copy_(pinned[: self._tables], non_blocking=True)
         rows, most = counts.num_rows, limits.max_blocks_per_row
         longest = int(host.context_lens[:rows].max()) if rows else 0
+        longest += counts.num_rounds - 1
         blocks = min(-(-longest // limits.block_size), most)  # of a row; those behind them nobody reads
         staged = pinned[self._tables :].view(host.block_tables.shape)
         staged[:, :rows, :blocks] = host.block_tables[:, :rows, :blocks]

@@ -5,6 +5,9 @@ A step is `prepare`, `upload`, `launch`, `download`, `results`. A second may be 
 the first are taken; nothing but `results` waits then. `launch` may be captured in a CUDA graph: what it is
 given in a step is read from device memory. Rows beyond a step's draws are skipped. The rules are those of
 `runner.sampler`, which gives the same tokens but where rounding decides.
+
+A step of several rounds is launched as often; what each draws goes to a slot of its own, the last to the
+first, and comes to the host at once.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from worker_orcd.kernels.cuda.draw_slab import (
     Wanted,
     entries_needed,
     entry_bytes,
+    parameter_bytes,
 )
 from worker_orcd.kernels.cuda.inputs import HostSide
 from worker_orcd.kernels.draw import Draw, no_numbers, none_left
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, RowResult, SampledToken
 
+MAX_DRAWS = 8  # rounds of a step
 CAPACITY = 4096  # tokens that a list of what filters may keep has room for
 _FEW_PROGRAMS = 1024  # of a kernel that most rows do not need
 WARPS = 8  # of every kernel: fixes the order in which the sums of chunks are added
@@ -129,7 +134,7 @@ def sampling_kernels(vocab_size: int, max_rows: int, *, aligned: bool = True) ->
 
 
 class _Results:
-    """Where the results of every other step come to on the host."""
+    """Where the results of every other step come to on the host. Arrays are (slots, rows) or wider."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.side = HostSide(_result_bytes(rows), device)
@@ -144,6 +149,7 @@ class _Drawn:
     draws: list[Draw | None]
     failures: dict[int, RowFailure]
     results: _Results
+    num_rounds: int
 
 
 class DeviceSampler:
@@ -167,16 +173,18 @@ class DeviceSampler:
             name: torch.zeros(size, dtype=dtype, device=device)
             for name, (size, dtype) in _scratch_sizes(vocab_size, rows).items()
         }
-        self._brief = 8 * rows  # bytes of tokens and statuses
+        self._brief = 8 * rows * MAX_DRAWS  # bytes of tokens and statuses
         self._host_results = [_Results(rows, device) for _ in range(2)]
         self._results = torch.zeros(_result_bytes(rows), dtype=torch.uint8, device=device)
         self._views = _result_views(self._results, rows)
         self._entries_moved = -1
-        self._arguments: dict[str, list[torch.Tensor]] = {}
+        self._arguments: list[dict[str, list[torch.Tensor]]] = []  # by slot
+        self._plain: dict[int, SampledToken] = {}  # those without log probabilities, made once
         self._drawn: deque[_Drawn] = deque()  # whose results nobody has taken, the oldest first
         self._draws: list[Draw | None] = []
         self._failures: dict[int, RowFailure] = {}
         self._wanted = Wanted()
+        self._named: dict[str, list[torch.Tensor]] = {}  # arguments of the slot of the launch
 
     @staticmethod
     def device_bytes(vocab_size: int, max_rows: int, longest: int = 0) -> int:
@@ -184,7 +192,7 @@ class DeviceSampler:
         rows = padded_rows(max_rows)
         scratch = sum(size * dtype.itemsize for size, dtype in _scratch_sizes(vocab_size, rows).values())
         entries = entry_bytes(entries_needed(vocab_size, max_rows, longest))
-        return scratch + _result_bytes(rows) + 104 * rows + entries
+        return scratch + _result_bytes(rows) + parameter_bytes(rows) + entries
 
     @property
     def allocated_bytes(self) -> int:
@@ -194,8 +202,13 @@ class DeviceSampler:
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """(rows,) int32 on the device: the tokens of the last step; where a row failed, any token."""
+        """(slots, rows) int32 on the device: the tokens of the last step; where a row failed, any token."""
         return self._views["tokens"]
+
+    @property
+    def ints(self) -> torch.Tensor:
+        """`draw_slab.Int` of each row, int64, on the device."""
+        return self._slab.ints
 
     @property
     def entries_moved(self) -> int:
@@ -211,9 +224,10 @@ class DeviceSampler:
         """Start the copy of what was prepared."""
         self._slab.upload()
 
-    def launch(self, logits: torch.Tensor, wanted: Wanted) -> None:
+    def launch(self, logits: torch.Tensor, wanted: Wanted, slot: int = 0) -> None:
         """Draw: a row of `logits` (rows, vocab_size) float32 for each draw that is not None, and maybe more.
 
+        What is drawn goes to `slot`: that of round i of n is n - 1 - i.
         Logits are changed meanwhile where `wanted.adjusts`, and back when it is done.
         """
         rows = len(logits)
@@ -221,6 +235,7 @@ class DeviceSampler:
             raise ValueError(f"{rows} rows of logits, but there is room for {self.max_rows}")
         if self._entries_moved != self._slab.entries_moved:
             self._name_arguments()
+        self._named = self._arguments[slot]
         by_chunk, by_row = (self._chunks, rows, 1), (rows, 1, 1)
         if wanted.logprobs:
             self._run("raw stats", by_chunk, logits)
@@ -255,7 +270,11 @@ class DeviceSampler:
 
     def _name_arguments(self) -> None:
         """Which arrays each kernel is given, beside the logits."""
-        slab, views = self._slab, self._views
+        self._arguments = [self._arguments_of(slot) for slot in range(MAX_DRAWS)]
+        self._entries_moved = self._slab.entries_moved
+
+    def _arguments_of(self, slot: int) -> dict[str, list[torch.Tensor]]:
+        slab, views = self._slab, {name: view[slot] for name, view in self._views.items()}
         named = self._scratch | {
             "ints": slab.ints, "reals": slab.reals, "entries": slab.entries, "entry_reals": slab.entries,
             "saved": slab.saved, "tokens": views["tokens"], "statuses": views["statuses"],
@@ -263,7 +282,7 @@ class DeviceSampler:
             "top_logits": views["top_logits"],
         }  # fmt: skip
         raw = named | {"highs": views["highs"], "masses": views["masses"]}
-        self._arguments = {
+        return {
             name: [
                 (raw if name.startswith("raw") else named)[argument]
                 for argument in arguments.split()
@@ -271,32 +290,31 @@ class DeviceSampler:
             ]
             for name, (_, _, arguments, _) in _KERNELS.items()
         }
-        self._entries_moved = slab.entries_moved
 
     def _run(self, name: str, grid: Grid, logits: torch.Tensor) -> None:
         stride = logits.stride(0)
         kernel = self._of[stride % 16 == 0 and logits.data_ptr() % 16 == 0][name]
         if kernel.arguments[0][0] == "logits":
-            self._kernels.launch(kernel, grid, logits, *self._arguments[name], stride)
+            self._kernels.launch(kernel, grid, logits, *self._named[name], stride)
         else:
-            self._kernels.launch(kernel, grid, *self._arguments[name])
+            self._kernels.launch(kernel, grid, *self._named[name])
 
-    def download(self) -> None:
+    def download(self, num_rounds: int = 1) -> None:
         """Start the copy of what was drawn. The results of all steps but the last must have been taken."""
         results = self._host_results[0]
         self._host_results.reverse()
         size = len(self._results) if self._wanted.logprobs else self._brief
         results.side.buffer[:size].copy_(self._results[:size], non_blocking=True)
         results.side.queued()
-        self._drawn.append(_Drawn(self._draws, self._failures, results))
+        self._drawn.append(_Drawn(self._draws, self._failures, results, num_rounds))
 
     def results(self) -> list[RowResult]:
-        """Wait for what was drawn: an entry for each draw, None for None. Once a `download`, in order."""
+        """Wait for what was drawn, once a `download`, in order: `count` entries a draw, None for None."""
         drawn = self._drawn.popleft()
         drawn.results.side.wait()
-        found = drawn.results.found
-        tokens = found["tokens"].tolist()
-        statuses = found["statuses"].tolist()
+        found, last = drawn.results.found, drawn.num_rounds - 1
+        tokens: list[list[int]] = found["tokens"][last::-1].T.tolist()  # by row, then by round
+        statuses: list[list[int]] = found["statuses"][last::-1].T.tolist()
         results: list[RowResult] = []
         row = 0
         for draw in drawn.draws:
@@ -304,29 +322,38 @@ class DeviceSampler:
                 results.append(None)
                 continue
             if row in drawn.failures:
-                results.append(drawn.failures[row])
-            elif statuses[row] != OK:
-                results.append(none_left() if statuses[row] == NONE_LEFT else no_numbers())
-            elif draw.params.logprobs is None:
-                results.append(SampledToken(tokens[row]))
+                results += [drawn.failures[row]] * draw.count
             else:
-                results.append(self._with_logprobs(found, row, tokens[row], draw.params.logprobs))
+                for number in range(draw.count):
+                    token_id, status = tokens[row][number], statuses[row][number]
+                    if status != OK:
+                        results.append(none_left() if status == NONE_LEFT else no_numbers())
+                    elif draw.params.logprobs is None:
+                        results.append(self._plain.get(token_id) or self._made(token_id))
+                    else:
+                        of_round = {name: values[last - number, row] for name, values in found.items()}
+                        results.append(self._with_logprobs(of_round, token_id, draw.params.logprobs))
             row += 1
         return results
 
+    def _made(self, token_id: int) -> SampledToken:
+        made = self._plain[token_id] = SampledToken(token_id)
+        return made
+
     def _with_logprobs(
-        self, found: dict[str, NDArray[Any]], row: int, token_id: int, count: int
+        self, found: dict[str, NDArray[Any]], token_id: int, count: int
     ) -> SampledToken | RowFailure:
-        highest = float(found["highs"][row])
+        """`found`: the results of one draw."""
+        highest = float(found["highs"])
         if not math.isfinite(highest):
             return no_numbers()
-        normaliser = highest + math.log(float(found["masses"][row]) * _UNIT)
+        normaliser = highest + math.log(float(found["masses"]) * _UNIT)
         count = min(count, self.vocab_size)
-        ids = found["top_ids"][row, :count].tolist()
-        values = found["top_logits"][row, :count].tolist()
+        ids = found["top_ids"][:count].tolist()
+        values = found["top_logits"][:count].tolist()
         return SampledToken(
             token_id=token_id,
-            logprob=float(found["token_logits"][row]) - normaliser,
+            logprob=float(found["token_logits"]) - normaliser,
             top_logprobs=tuple((index, value - normaliser) for index, value in zip(ids, values, strict=True)),
         )
 
@@ -364,16 +391,16 @@ _RESULTS = (
 
 
 def _result_bytes(rows: int) -> int:
-    return sum(rows * dtype.itemsize * width for _, dtype, width in _RESULTS)
+    return sum(MAX_DRAWS * rows * dtype.itemsize * width for _, dtype, width in _RESULTS)
 
 
 def _result_views(buffer: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
-    """Arrays by row, one after the other; the first two are all that most steps want."""
+    """Arrays by slot and row, one after the other; the first two are all that most steps want."""
     views: dict[str, torch.Tensor] = {}
     start = 0
     for name, dtype, width in _RESULTS:
-        end = start + rows * dtype.itemsize * width
+        end = start + MAX_DRAWS * rows * dtype.itemsize * width
         view = buffer[start:end].view(dtype)
-        views[name] = view.view(rows, width) if width > 1 else view
+        views[name] = view.view(MAX_DRAWS, rows, width) if width > 1 else view.view(MAX_DRAWS, rows)
         start = end
     return views

@@ -10,7 +10,8 @@ import torch
 from worker_orcd.errors import DeviceError, OutOfMemory
 from worker_orcd.kernels.backend import Counts
 from worker_orcd.kernels.cuda.executor import Executor
-from worker_orcd.kernels.cuda.sampler import DeviceSampler
+from worker_orcd.kernels.cuda.rounds import Rounds
+from worker_orcd.kernels.cuda.sampler import MAX_DRAWS, DeviceSampler
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.sequence import RowResult
 
@@ -39,9 +40,22 @@ class DrawingStep(CudaStep):
     it, is in the order of the stream: the second reads what the first has drawn before it draws itself.
     """
 
-    def __init__(self, executor: Executor, device: torch.device, sampler: DeviceSampler) -> None:
+    max_draws = MAX_DRAWS
+
+    def __init__(
+        self, executor: Executor, device: torch.device, sampler: DeviceSampler, rounds: Rounds
+    ) -> None:
         super().__init__(executor, device)
-        self._sampler = sampler
+        self._sampler, self._rounds = sampler, rounds
+
+    def warm(self, on_progress: Callable[[int, int], None]) -> None:
+        """Compile every kernel and capture every graph. `on_progress(done, all)`."""
+
+        def launch_more(logits: torch.Tensor) -> None:
+            self._sampler.launch_all(logits)
+            self._rounds.launch(1, 1)
+
+        self.executor.warm(on_progress, launch_more)
 
     def launch(self, counts: Counts, draws: Iterable[Draw | None]) -> Callable[[], Sequence[RowResult]]:
         with on_device(self._device):
@@ -57,9 +71,13 @@ class DrawingStep(CudaStep):
         logits = self.executor.start(counts)
         wanted = self._sampler.prepare(list(draws))
         self._sampler.upload()
+        last = counts.num_rounds - 1
         if len(logits):
-            self._sampler.launch(logits, wanted)
-        self._sampler.download()
+            self._sampler.launch(logits, wanted, slot=last)
+        for slot in range(last - 1, -1, -1):
+            self._rounds.launch(counts.num_rows, slot + 1)
+            self._sampler.launch(self.executor.again(counts), wanted, slot=slot)
+        self._sampler.download(counts.num_rounds)
 
     def _results(self) -> Sequence[RowResult]:
         with on_device(self._device):
