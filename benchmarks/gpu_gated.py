@@ -29,7 +29,7 @@ from gpu_weights import packed_tiles, random_rows
 from worker_orcd.kernels.backend import Glu, Matrix
 from worker_orcd.kernels.cuda.launch import Products
 from worker_orcd.kernels.cuda.operations import Operations
-from worker_orcd.kernels.cuda.variants import FORMATS, MAX_SPLIT_TOKENS, shape_of
+from worker_orcd.kernels.cuda.variants import FORMATS, most_split_tokens, shape_of
 from worker_orcd.kernels.cuda.weights import PackedMatrix, Uploader, upload
 from worker_orcd.quant import BY_NAME
 
@@ -126,7 +126,7 @@ def check_same(session: Session) -> None:
 def compare(session: Session, made: Made, glu: Glu) -> dict[str, int]:
     """Known tokens alone, launched twice for each; and at random places of batches."""
     products, operations, weight = Products(session.kernels), Operations(session.kernels), made.paired
-    products.reserve(weight, MAX_SPLIT_TOKENS)
+    products.reserve(weight)
     pool = session.random(max(BATCHES), weight.shape.k, seed=7).to(weight.operand)
     gates = weight.n // 2
     apart = blank(KNOWN, gates, weight.operand, session.device)
@@ -143,7 +143,7 @@ def compare(session: Session, made: Made, glu: Glu) -> dict[str, int]:
         picked[places] = torch.arange(known)
         x = pool[picked.to(session.device)]
         for tile in [None, *tiles(weight.shape)] if batch in (1, 33, 64, 256) else [None]:
-            if tile is not None and tile.split and batch > MAX_SPLIT_TOKENS:
+            if tile is not None and tile.split and batch > most_split_tokens(weight.shape):
                 continue
             out = blank(batch, gates, weight.operand, session.device)
             for _ in range(50 if batch <= 7 else 1):  # whoever arrives last
@@ -176,7 +176,7 @@ def measure(session: Session) -> None:
     rows: list[dict[str, object]] = []
     for name, gates, k in FAST_SHAPES:
         weights = session.once((name, gates, k), partial(rotation, session, name, 2 * gates, k))
-        products.reserve(weights[0], MAX_SPLIT_TOKENS)
+        products.reserve(weights[0])
         for tokens in FAST_TOKENS:
             times = speed(session, products, operations, weights if tokens <= 64 else weights[:4], tokens)
             rows.append({"format": name, "gates": gates, "k": k, "tokens": tokens, "microseconds": times})

@@ -41,6 +41,7 @@ from worker_orcd.kernels.cuda.variants import (
     Variant,
     choose_tile,
     compile_variant,
+    most_split_tokens,
     shape_of,
 )
 from worker_orcd.kernels.cuda.weights import PackedMatrix, pack, upload
@@ -62,6 +63,7 @@ FAST_SHAPES = (
     (896, 4864),
 )
 WIDE_SHAPES = ((16384, 3072), (3072, 8192))
+TUNED_SHAPES = (*WIDE_SHAPES, (9728, 896), (896, 4864), (896, 896))
 FEW, MANY = (1, 4, 16), (256, 1024, 4096)
 CHUNK_SHAPES = (
     (9216, 3072), (3072, 8192), (3072, 3072), (9728, 896), (896, 4864), (1152, 896), (896, 896), (5120, 2880),
@@ -237,7 +239,7 @@ def check_same(session: Session) -> None:
             for batch in BATCHES:
                 picks = [None, *tiles(weight.shape)] if batch in (1, 33, 256) else [None]
                 for tile in picks:
-                    if tile is not None and tile.split and batch > 64:
+                    if tile is not None and tile.split and batch > most_split_tokens(weight.shape):
                         continue  # more scratch memory than there is
                     words, bad = compare_batch(session, weight, pool, alone, batch, tile)
                     compared, differing = compared + words, differing + bad
@@ -300,13 +302,13 @@ class Rotation:
             upload(shape, n, packed.clone() if i else packed)
             for i in range(max(1, min(64, -(-LARGER_THAN_L2 // len(packed)))))
         ]
-        session.products.reserve(self.weights[0], 64)
+        session.products.reserve(self.weights[0])
 
     def microseconds(self, tokens: int, tile: Tile | None = None, shape: Shape | None = None) -> float:
         weights = self.weights
         if shape is not None:
             weights = [dataclasses.replace(weight, shape=shape) for weight in weights]
-            self.session.products.reserve(weights[0], 64)
+            self.session.products.reserve(weights[0])
         x = activations(weights[0], tokens, 0)
         out = torch.empty(tokens, weights[0].n, device="cuda")
         linear = self.session.products.linear
@@ -370,25 +372,21 @@ def tune_tiles(shape: Shape, tokens: int) -> Iterator[Tile]:
         (128, 64, 4, 3), (128, 64, 8, 3), (256, 128, 8, 2),
     )  # fmt: skip
     middle = (
-        (64, 32, 4, 3),
-        (128, 32, 4, 3),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 64, 4, 3),
+        (64, 16, 4, 3), (64, 32, 4, 3), (128, 32, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3),
         (128, 128, 8, 3),
-    )
-    for rows, width, warps, stages in few if tokens <= 16 else middle if tokens <= 64 else many:
+    )  # fmt: skip
+    for rows, width, warps, stages in few if tokens <= 16 else middle if tokens <= 256 else many:
         if not (shape.step >= 256 and width >= 256):
-            split = shape.chunks > 1 and tokens <= 64
-            yield Tile(rows=rows, tokens=width, warps=warps, stages=stages, split=split)
+            for split in [True] * (tokens <= most_split_tokens(shape)) + [False] * (tokens > 16):
+                yield Tile(rows=rows, tokens=width, warps=warps, stages=stages, split=split)
 
 
 def tuned(session: Session) -> Iterator[tuple[Shape, int, int]]:
     """Every shape with every step that its format has, and some rows and tokens."""
     for name in session.args.formats:
-        for n, k in shapes_of(name, WIDE_SHAPES):
+        for n, k in shapes_of(name, TUNED_SHAPES):
             for step in BY_NAME[name].gpu.steps if BY_NAME[name].gpu else ():
-                for tokens in (1, 32, 64, 256, 4096):
+                for tokens in (1, 32, 64, 128, 256, 4096):
                     if step >= 128:
                         yield shape_of(name, n, k, step), n, tokens
 

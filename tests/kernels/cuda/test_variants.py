@@ -24,6 +24,7 @@ from worker_orcd.kernels.cuda.variants import (
     Tile,
     all_variants,
     choose_tile,
+    most_split_tokens,
     shape_of,
 )
 from worker_orcd.kernels.cuda.weights import (
@@ -50,8 +51,8 @@ def test_every_number_of_tokens_has_a_tile(name: str, capability: int) -> None:
             assert tile.tokens >= 16  # eight compile to other matrix instructions, which sum in another order
             assert tile.rows in (64, 128)
             assert tile.stages >= 2
-            assert tile.split == (shape.chunks > 1 and tokens <= MAX_SPLIT_TOKENS)
-            assert not tile.split or tokens <= tile.tokens
+            assert tile.split == (tokens <= most_split_tokens(shape))
+            assert most_split_tokens(shape) <= (MAX_SPLIT_TOKENS if shape.chunks > 1 else 0)
 
 
 def test_all_variants_covers_what_is_chosen() -> None:

@@ -19,7 +19,7 @@ import torch
 from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernel, Kernels
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts
-from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant, choose_tile
+from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant, choose_tile, tile_of_width
 
 MAX_PAIR_TOKENS = 8  # from more on, an expert's weights would be read too often: see `goes_by_pairs`
 STREAM_CAPABILITY, STREAM_TRITON = 90, "3.6."  # what `expert_stream` was checked with
@@ -153,7 +153,7 @@ def choose_expert_tile(
         return choose_tile(shape, n, 1, capability)
     if width < 128 and shape.format == "MXFP4" and capability == 90 and shape.steps_of_chunk % 3 == 0:
         return Tile(rows=128, tokens=width, warps=4, stages=3, unroll=3)
-    tile = choose_tile(shape, n, width if width < 128 else max(pairs, 128), capability)
+    tile = tile_of_width(shape, n, width if width < 128 else max(pairs, 128), capability)
     tokens = tile.tokens
     if shape.chunks > 1 and shape.layout.high_bits:
         tokens = min(tokens, 64)  # two sums, words and high words are more than 255 registers

@@ -174,6 +174,7 @@ def product(w, h, s, shifts, x, y, bias, experts, order, tiles, partials, counte
         counter = counters + tl.program_id(1) * tl.num_programs(0) + pn
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if finished == CHUNKS - 1:
-            total = sum_of_parts(part, pairs * n, mask, CHUNKS, ROWS, TOKENS)
+            total = sum_of_parts(part, pairs * n, mask, CHUNKS, CHUNKS if TOKENS <= 16 else 1, ROWS,
+                                 TOKENS)  # fmt: skip
             finish(total, y, bias, pair, pair_mask, y_stride, n, pn, SLOTS, PAIRED, GLU, BIAS, ROWS, TOKENS)
             tl.store(counter, 0)

@@ -15,6 +15,7 @@ from worker_orcd.kernels.cuda.variants import (
     Tile,
     Variant,
     choose_tile,
+    most_split_tokens,
 )
 from worker_orcd.kernels.cuda.weights import PackedMatrix
 
@@ -82,8 +83,8 @@ class Products:
 
     def reserve(self, weight: PackedMatrix, tokens: int = MAX_SPLIT_TOKENS) -> None:
         """Room for the parts of `weight`'s products of up to `tokens`. Before any graph is captured."""
-        needed = weight.shape.chunks * tokens * weight.n
-        if weight.shape.chunks > 1 and needed > len(self._partials):
+        needed = weight.shape.chunks * min(tokens, most_split_tokens(weight.shape)) * weight.n
+        if needed > len(self._partials):
             self._partials = torch.empty(needed, dtype=torch.float32, device=self._device)
 
     def linear(

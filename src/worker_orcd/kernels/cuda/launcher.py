@@ -35,7 +35,6 @@ from worker_orcd.kernels.cuda.program import (
     Scale,
     Take,
 )
-from worker_orcd.kernels.cuda.variants import MAX_SPLIT_TOKENS
 from worker_orcd.kernels.cuda.weights import PackedMatrix
 
 
@@ -59,7 +58,7 @@ class KernelLauncher:
         positions = limits.max_blocks_per_row * limits.block_size
         for one in operations:
             if isinstance(one, Linear) and isinstance(one.weight, PackedMatrix):
-                self._products.reserve(one.weight, min(MAX_SPLIT_TOKENS, limits.max_tokens))
+                self._products.reserve(one.weight, limits.max_tokens)
             elif isinstance(one, ExpertLinear):
                 self._experts.reserve(one.weight, limits.max_tokens, one.experts.width)
             elif isinstance(one, Attend):

@@ -112,16 +112,20 @@ def ask_rest(w, h, s, pn, chunk, STEPS: tl.constexpr, COUNT: tl.constexpr, EARLY
 
 
 @triton.jit
-def sum_of_parts(part, apart, mask, CHUNKS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
-    """The parts of all chunks in ascending order, which lie `apart` values apart. [ROWS, TOKENS]"""
+def sum_of_parts(part, apart, mask, CHUNKS: tl.constexpr, FLIGHT: tl.constexpr, ROWS: tl.constexpr,
+                 TOKENS: tl.constexpr):  # fmt: skip
+    """The parts of all chunks in ascending order, which lie `apart` values apart. [ROWS, TOKENS]
+
+    FLIGHT of them are on their way at a time, as many as registers have room for.
+    """
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    # Not from L1, which may hold an older step's. All at once only where registers have room.
-    if TOKENS <= 16:
-        for chunk in tl.static_range(CHUNKS):
-            total += tl.load(part + chunk * apart, mask=mask, other=0.0, cache_modifier=".cg")
-    else:
-        for chunk in tl.range(0, CHUNKS, loop_unroll_factor=1):
-            total += tl.load(part + chunk * apart, mask=mask, other=0.0, cache_modifier=".cg")
+    WHOLE: tl.constexpr = CHUNKS // FLIGHT * FLIGHT
+    # Not from L1, which may hold an older step's.
+    for first in tl.range(0, WHOLE, FLIGHT, loop_unroll_factor=1):
+        for i in tl.static_range(FLIGHT):
+            total += tl.load(part + (first + i) * apart, mask=mask, other=0.0, cache_modifier=".cg")
+    for chunk in tl.static_range(WHOLE, CHUNKS):
+        total += tl.load(part + chunk * apart, mask=mask, other=0.0, cache_modifier=".cg")
     return total
 
 
@@ -216,7 +220,8 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
            UNROLL: tl.constexpr, PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, PORTABLE: tl.constexpr, HEAD: tl.constexpr = 0, HEADS: tl.constexpr = 0,
            KV_HEADS: tl.constexpr = 0, CACHE_BLOCK: tl.constexpr = 0, ROTATED: tl.constexpr = False,
-           OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
+           OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0,
+           FLIGHT: tl.constexpr = 1):  # fmt: skip
     """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
     pn = tl.program_id(0)
     pt = tl.program_id(1)
@@ -254,7 +259,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
         counter = counters + pt * tl.num_programs(0) + pn
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if finished == CHUNKS - 1:
-            total = sum_of_parts(part, tokens * n, mask, CHUNKS, ROWS, TOKENS)
+            total = sum_of_parts(part, tokens * n, mask, CHUNKS, FLIGHT, ROWS, TOKENS)
             finish(total, y, bias, residual, n, tokens, stride, cache, positions, slots, table, values, token,
                    pn, PAIRED, GLU, BIAS, RESIDUAL, ROWS, TOKENS, HEAD, HEADS, KV_HEADS, CACHE_BLOCK,
                    ROTATED)  # fmt: skip

@@ -7,6 +7,7 @@ A variant changes how long a product takes, never its bits. Importing this needs
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,18 @@ from worker_orcd.quant.gpu_layout import GpuLayout
 BFLOAT16_FORMATS = frozenset({"MXFP4", "BF16", "F32"})
 FORMATS = tuple(BY_NAME)
 CAPABILITIES = (80, 89, 90)  # compiled for in the tests; others run, untested
-MAX_SPLIT_TOKENS = 64  # up to here a program a chunk; beyond, a program walks the chunks
+_FLIGHT_REGISTERS = 96  # of a thread
+MAX_SPLIT_TOKENS = 256  # of any product, see `most_split_tokens`
+_MANY_CHUNKS = 12  # whose parts are much to add up
+_ONE_EACH = 132  # programs for an H100's multiprocessors
 WIDE_ROWS = 1 << 16  # from here on a program takes two tiles of rows even for a few tokens
 # Formats that many tokens run fastest for with few tokens, or few rows, a program.
 _NARROW = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"})
 _SHORT = frozenset({"Q8_0", "Q4_K", "Q5_K"})
+_WITH_MINIMUM = frozenset({"Q4_K", "Q2_K"})
+_WIDE_SPLIT = frozenset({"Q4_K", "Q2_K", "Q5_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"})
+_SMALL_WALK = frozenset({"Q8_0", "MXFP4"})
+_WALKS_WELL = frozenset({"Q4_K", "Q3_K", "Q2_K", "Q8_0"})
 # Bytes of shared memory that a program may have.
 _SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 _DTYPES = {"F32": "*fp32", "F16": "*fp16", "BF16": "*bf16"}  # of words; else u16
@@ -68,6 +76,13 @@ class Tile:
     split: bool = False  # a program a chunk
     unroll: int = 1  # steps at a time: divides those of a chunk
     ahead: int = 0  # of experts: steps on their way to registers, see `expert_stream`; divides a chunk's
+
+    def flight(self, chunks: int) -> int:
+        """How many parts of a split product are loaded at a time, to be added up."""
+        if not self.split or self.tokens <= 16:
+            return chunks
+        registers = self.rows * self.tokens // (32 * self.warps)  # of a thread, for a part
+        return max(1, min(chunks, _FLIGHT_REGISTERS // registers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +177,7 @@ class Variant:
                 ("OVERLAP", self.overlap),
                 ("EARLY", self.early),
                 ("ASKED", self.asked),
+                ("FLIGHT", self.tile.flight(self.shape.chunks)),
             ),
             aligned=aligned if self.shape.aligned else (),
             loose=("positions", "slots"),
@@ -186,23 +202,69 @@ def shape_of(format_name: str, n: int, k: int, step: int = 0) -> Shape:
     )
 
 
+def most_split_tokens(shape: Shape) -> int:
+    """A step of so many tokens, or fewer, has a program a chunk; of more, a program walks the chunks."""
+    if shape.chunks == 1:
+        return 0
+    if shape.format in _WALKS_WELL:
+        return 128
+    return 256 if shape.chunks >= _MANY_CHUNKS or shape.format == "Q6_K" else 192
+
+
 def choose_tile(shape: Shape, n: int, tokens: int, capability: int = 90) -> Tile:
     """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0).
 
     By what was fastest on an H100: `benchmarks/gpu_linear.py --only tune`.
     """
-    split = shape.chunks > 1 and tokens <= MAX_SPLIT_TOKENS
+    split = tokens <= most_split_tokens(shape)
+    if not 16 < tokens <= 256:
+        tile = tile_of_width(shape, n, tokens, capability)
+        return dataclasses.replace(tile, split=split)
+    rows, width, warps = (
+        _for_split(shape, tokens) if split else _for_some_tokens(shape, n, tokens, capability)
+    )
+    return _that_fits(shape, Tile(rows=rows, tokens=width, warps=warps, stages=3, split=split), capability)
+
+
+def _for_split(shape: Shape, tokens: int) -> tuple[int, int, int]:
+    """Rows, tokens and warps where a program a chunk is made; the last of a tile adds up its parts."""
+    if shape.chunks >= _MANY_CHUNKS:
+        return 64, 32 if tokens <= 192 else 64, 4
+    if shape.format in _WITH_MINIMUM and tokens <= 128:
+        return 64, 32, 4
+    if tokens > 64 and shape.format in _WIDE_SPLIT:
+        return 128, 64, 8
+    return 64, 64, 4
+
+
+def _for_some_tokens(shape: Shape, n: int, tokens: int, capability: int) -> tuple[int, int, int]:
+    """Likewise where a program has whole sums, and there are too few to fill the GPU with wide tiles."""
+    tiles = -(-n // 64)
+    if tokens <= 64 and tiles * -(-tokens // 16) <= _ONE_EACH:
+        return 64, 16, 4
+    if tokens <= 32 or tiles * -(-tokens // 32) <= _ONE_EACH:
+        return 64, 32, 4
+    if shape.chunks > 1:
+        return (64, 64, 4) if shape.format in _SMALL_WALK else (128, 64, 8)
+    if tiles * -(-tokens // 64) <= 1.5 * _ONE_EACH:
+        return 64, 64, 4
+    if tokens <= 192 or tiles * -(-tokens // 128) < 2 * _ONE_EACH:
+        return 128, 64, 8
+    return _for_many_tokens(shape, n, tokens, capability)
+
+
+def tile_of_width(shape: Shape, n: int, tokens: int, capability: int = 90) -> Tile:
+    """Of a product that is not split, and whose tokens come in tiles of that many, up to 128."""
     if tokens <= 16:
         rows, width, warps = 128 if n >= WIDE_ROWS else 64, 16, 4
     elif tokens <= 32:
-        rows, width, warps = 64 if split or shape.step >= 256 or shape.format == "Q8_0" else 128, 32, 4
+        rows, width, warps = 64 if shape.step >= 256 or shape.format == "Q8_0" else 128, 32, 4
     elif tokens <= 64:
         rows, width, warps = 128, 64, 8
     else:
         rows, width, warps = _for_many_tokens(shape, n, tokens, capability)
-    stages = 4 if tokens <= 16 and not split else 3
-    tile = Tile(rows=rows, tokens=width, warps=warps, stages=stages, split=split)
-    return _that_fits(shape, tile, capability)
+    stages = 4 if tokens <= 16 and shape.chunks == 1 else 3
+    return _that_fits(shape, Tile(rows=rows, tokens=width, warps=warps, stages=stages), capability)
 
 
 def _for_many_tokens(shape: Shape, n: int, tokens: int, capability: int) -> tuple[int, int, int]:
@@ -233,7 +295,7 @@ def _that_fits(shape: Shape, tile: Tile, capability: int) -> Tile:
 
 
 def all_variants(
-    shapes: list[tuple[str, int, int]], capability: int, tokens: tuple[int, ...] = (1, 32, 64, 128, 4096)
+    shapes: list[tuple[str, int, int]], capability: int, tokens: tuple[int, ...] = (1, 32, 64, 128, 256, 4096)
 ) -> Iterator[Variant]:
     """Every kernel that steps of up to 4096 tokens of these (format, n, k) may need, each once."""
     seen: set[Variant] = set()
