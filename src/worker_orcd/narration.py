@@ -73,7 +73,7 @@ class Narration:
             processors=_processors(pretty=self.is_pretty, colours=_is_terminal(out)),
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
-        )
+        ).bind()  # or each event would make a logger of its own
 
     def bind(self, **fields: object) -> Narration:
         """The same narrator with these fields in every event. None leaves a field out."""

@@ -45,8 +45,20 @@ def token(stream_id, token_id, finish=None):
     return Output(stream_id, (SampledToken(token_id),), finish_reason=finish)
 
 
+async def generate(client, admission, request):
+    """`follow` for a reader that is a task."""
+    news = asyncio.Event()
+    with contextlib.closing(client.follow(admission, request, news.set)) as outputs:
+        for output in outputs:
+            if output is not None:
+                yield output
+                continue
+            await news.wait()
+            news.clear()
+
+
 async def collect(client, admission, seen):
-    async with aclosing(client.generate(admission, WORK)) as outputs:
+    async with aclosing(generate(client, admission, WORK)) as outputs:
         async for output in outputs:
             seen.append(output.tokens[0].token_id)
 
@@ -109,9 +121,111 @@ async def test_a_step_of_many_streams_leaves_turns_to_others(sent):
     assert max(after - before for before, after in itertools.pairwise(progress)) <= 16
 
 
+class Reader:
+    """Takes what there is whenever it is woken, as a stream of events does."""
+
+    def __init__(self, client, admission):
+        self.turns = []  # token ids of each time
+        self.is_over = False
+        self.failure = None
+        self._outputs = client.follow(admission, WORK, self.take)
+        self.take()
+
+    def take(self):
+        self.turns.append([])
+        for output in self._outputs:
+            if output is None:
+                return
+            self.turns[-1] += [token.token_id for token in output.tokens]
+        self.is_over = True
+
+    def close(self):
+        self._outputs.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def test_a_reader_takes_all_there_is_at_once(client, sent):
+    with client.admit("a") as job, contextlib.closing(Reader(client, job)) as reader:
+        (stream_id,) = await begun(sent, 1)
+        client.publish([token(stream_id, 0)])
+        await until(lambda: len(reader.turns) == 2)
+        for k in range(1, 4):  # before the loop has a turn
+            client.publish([token(stream_id, k)])
+        await until(lambda: len(reader.turns) == 3)
+        client.publish([token(stream_id, 4, FinishReason.LENGTH)])
+        await until(lambda: reader.is_over)
+    assert reader.turns == [[], [0], [1, 2, 3], [4]]
+    assert len(sent) == 1
+
+
+async def test_a_burst_is_no_reason_to_lose_a_stream_that_is_read(client, sent):
+    with client.admit("a") as job, contextlib.closing(Reader(client, job)) as reader:
+        (stream_id,) = await begun(sent, 1)
+        for k in range(30):  # the loop had other things to do; 8 may be buffered
+            client.publish([token(stream_id, k, FinishReason.STOP if k == 29 else None)])
+        await until(lambda: reader.is_over)
+    assert list(itertools.chain(*reader.turns)) == list(range(30))
+
+
+async def test_a_stream_that_is_read_too_slowly_does_not_grow(client, sent):
+    """Its reader takes one output whenever three have come."""
+    with client.admit("a") as job:
+        taken = []
+        outputs = client.follow(job, WORK, lambda: taken.append(next(outputs)))
+        assert next(outputs) is None
+        (stream_id,) = await begun(sent, 1)
+        for k in range(30):
+            client.publish([token(stream_id, 3 * k + part) for part in range(3)])
+            await asyncio.sleep(0.001)
+            if len(sent) > 1:
+                break
+        assert sent[1:] == [Cancel(stream_id)]
+        assert [output.tokens[0].token_id for output in taken] == list(range(len(taken)))
+        assert len(taken) <= 8
+        outputs.close()
+
+
+async def test_a_reader_that_fails_stops_no_other(client, sent):
+    def fault():
+        raise ZeroDivisionError
+
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    with (
+        client.admit("a") as bad,
+        client.admit("b") as job,
+        contextlib.closing(client.follow(bad, WORK, fault)) as broken,
+        contextlib.closing(Reader(client, job)) as reader,
+    ):
+        assert next(broken) is None
+        ids = [command.id for command in sent]
+        client.publish([token(number, 7, FinishReason.STOP) for number in sorted(ids, reverse=True)])
+        client.publish([token(number, 8) for number in ids])
+        await until(lambda: reader.is_over)
+    assert reader.turns == [[], [7]]
+    assert [type(error) for error in told] == [ZeroDivisionError]
+
+
+async def test_whoever_cancels_does_not_wait_for_the_reader(client, sent):
+    with client.admit("a") as job:
+        told = []
+        outputs = client.follow(job, WORK, lambda: told.append(True))
+        assert next(outputs) is None
+        client.cancel("a")
+        assert (len(sent), told) == (2, [])
+        await until(lambda: told)
+        with pytest.raises(Cancelled):
+            next(outputs)
+
+
 async def test_leaving_the_generator_cancels_once(client, sent):
     with client.admit("a") as job:
-        generator = client.generate(job, WORK)
+        generator = generate(client, job, WORK)
         pending = asyncio.create_task(anext(generator))
         (stream_id,) = await begun(sent, 1)
         client.publish([token(stream_id, 7)])
@@ -135,7 +249,7 @@ async def test_a_task_that_is_cancelled_cancels_its_sequence(client, sent):
 
 async def test_giving_a_place_back_cancels_what_is_left(client, sent):
     job = client.admit("a")
-    generator = client.generate(job, WORK)
+    generator = generate(client, job, WORK)
     pending = asyncio.create_task(anext(generator))
     (stream_id,) = await begun(sent, 1)
     client.release(job)
@@ -208,7 +322,7 @@ async def test_a_cancel_that_comes_too_late_changes_nothing(client, sent):
 async def test_a_stream_nobody_reads_is_cancelled_alone(client, sent):
     seen = []
     with client.admit("deaf") as deaf, client.admit("good") as good:
-        unread = client.generate(deaf, WORK)
+        unread = generate(client, deaf, WORK)
         first = asyncio.create_task(anext(unread))
         task = asyncio.create_task(collect(client, good, seen))
         deaf_id, good_id = await begun(sent, 2)

@@ -8,11 +8,12 @@ import functools
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from worker_orcd.server.protocol import HEAD_SECONDS, BoundedProtocol
+from worker_orcd.server.protocol import HEAD_SECONDS, BoundedProtocol, ChunkWriter
 
 Http = functools.partial(httpx.AsyncClient, timeout=60)
 
@@ -125,6 +126,53 @@ async def test_a_client_that_never_reads_loses_its_own_stream_only(world, eventu
             assert w.count('worker_requests_total{outcome="cancelled"}') == 2
         good = await http.post("/execute", json=polite)
         assert [name for name, _ in events_of(good.text)][-1] == "end"
+
+
+async def test_a_slow_reader_gets_every_byte_in_order(world, events_of):
+    """A few bytes at a time, so that the socket takes a part of what it is given."""
+    w = world()
+    w.protocol = Impatient
+    w.engine.answer = lambda _: [*b"abcdefghij"]
+    body = {"job_id": "slow", "prompt": "x", "ignore_eos": True, "max_tokens": 300, "logprobs": 20}
+    async with w.listen() as port:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(request("/execute", body, Connection="close"))
+            client.setblocking(False)
+            loop, data = asyncio.get_running_loop(), b""
+            while part := await loop.sock_recv(client, 1777):
+                data += part
+                await asyncio.sleep(0.0001)
+    head, _, chunks = data.partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head
+    text = b""
+    while chunks:
+        size, _, rest = chunks.partition(b"\r\n")
+        text += rest[: int(size, 16)]
+        assert rest[int(size, 16) : int(size, 16) + 2] == b"\r\n"
+        chunks = rest[int(size, 16) + 2 :]
+    tokens = [data for name, data in events_of(text.decode()) if name == "token"]
+    assert [token["i"] for token in tokens] == list(range(300))
+    assert "".join(token["t"] for token in tokens) == "abcdefghij" * 30
+    assert all(len(token["top_logprobs"]) == 20 for token in tokens)
+
+
+@pytest.mark.parametrize("closed", ["response_started", "response_complete", "disconnected", "write_paused"])
+async def test_when_a_body_cannot_be_written(closed):
+    """Before the response has begun, when it is over, and while its client does not read."""
+    transport = SimpleNamespace(is_closing=lambda: False)
+    flow = SimpleNamespace(write_paused=False)
+    states = {"response_started": True, "response_complete": False, "disconnected": False}
+    cycle = SimpleNamespace(transport=transport, flow=flow, chunked_encoding=True, **states)
+    writer = ChunkWriter(cycle)
+    assert writer.is_open
+    owner = flow if closed == "write_paused" else cycle
+    setattr(owner, closed, not getattr(owner, closed))
+    assert not writer.is_open
+    setattr(owner, closed, not getattr(owner, closed))
+    cycle.chunked_encoding = None  # HEAD
+    assert not writer.is_open
 
 
 @pytest.mark.parametrize("path", ["/execute", "/v1/completions", "/v1/chat/completions"])

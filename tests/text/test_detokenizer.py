@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from text_vocabularies import HARMONY_NAMES, Vocabularies, tiny_bpe, tiny_harmon
 
 from worker_orcd.text.detokenizer import HarmonyDetokenizer, PlainDetokenizer, detokenizer
 from worker_orcd.text.regions import Message
-from worker_orcd.text.stream import Delta
+from worker_orcd.text.stream import Delta, TextStream
 from worker_orcd.text.tokenizer import Tokenizer, load_tokenizer
 
 TINY = load_tokenizer(tiny_harmony())
@@ -148,6 +149,44 @@ def test_recorded_ids(name: str, vocabularies: Vocabularies) -> None:
     found = deltas(tokenizer, answer["ids"], messages=True)
     text = "".join(delta.text for delta in found).strip()
     assert text == "".join(message[3] for message in answer["messages"])
+
+
+# --- known texts ---
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi-3", "llama-bpe", "gpt-2"])
+def test_texts_of_tokens_that_are_known(name: str, vocabularies: Vocabularies) -> None:
+    """None for control tokens, parts of characters, and what is no token; the others as they are decoded."""
+    tokenizer = vocabularies.tokenizer(name)
+    for token in [*range(0, tokenizer.vocab_size, 7), *tokenizer.control_ids, tokenizer.vocab_size + 1]:
+        whole = tokenizer.whole_text(token)
+        assert tokenizer.whole_text(token) is whole
+        if token in tokenizer.control_ids or token >= tokenizer.vocab_size:
+            assert whole is None
+        else:
+            data = tokenizer.token_bytes(token)
+            text = data.decode("utf-8", "replace")
+            assert whole == (Delta(text) if text.encode() == data else None)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi-3"])
+@pytest.mark.parametrize("stop", [(), ("th", "e \N{GREEK SMALL LETTER ALPHA}")])
+def test_any_tokens_in_any_order(name: str, stop: tuple[str, ...], vocabularies: Vocabularies) -> None:
+    """Parts of characters among whole ones, control tokens, padding: the texts joined are what bytes give."""
+    tokenizer = vocabularies.tokenizer(name)
+    generator = random.Random(name)
+    parts = [i for i in range(tokenizer.vocab_size) if tokenizer.whole_text(i) is None]
+    for _ in range(300):
+        ids = [generator.randrange(tokenizer.vocab_size + 3) for _ in range(generator.randrange(12))]
+        ids += generator.choices(parts, k=generator.randrange(6))
+        generator.shuffle(ids)
+        first, data = True, b""
+        for token in filter(tokenizer.is_text, ids):
+            data += tokenizer.stream_bytes(token, first=first)
+            first = False
+        stream = TextStream(stop)
+        expected = stream.push(data).text + stream.finish().text
+        assert "".join(delta.text for delta in deltas(tokenizer, ids, stop=stop)) == expected
 
 
 # --- one text ----------------------------------------------------------------------------------------------

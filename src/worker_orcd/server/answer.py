@@ -9,8 +9,9 @@ model answers in messages (its reasoning, a call, what the user is told), a piec
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from worker_orcd.engine.messages import Output
 from worker_orcd.errors import Internal
@@ -24,8 +25,9 @@ from worker_orcd.text.tokenizer import Tokenizer
 StopReason = Literal["eos", "stop", "length"]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
+    """What one token brings. Not a dataclass: there is one a token, and this takes a fifth of the time."""
+
     index: int  # of the token in the answer, from 0
     token: SampledToken
     text: str  # that is now certain
@@ -71,27 +73,35 @@ class Answer:
 
     def push(self, output: Output) -> list[Piece]:
         """Take an output in. Once `stop_reason` is set the answer is complete."""
-        if output.finish_reason is not None and not output.tokens:
+        tokens, finish = output.tokens, output.finish_reason
+        if finish is not None and not tokens:
             raise Internal("the engine ended a sequence without its last token")
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
         self.queue_seconds = output.queue_seconds
-        if output.tokens:
+        if tokens:
             self.last_at = time.monotonic()
             self.first_at = self.first_at or self.last_at
         pieces: list[Piece] = []
-        for position, token in enumerate(output.tokens):
-            last = position == len(output.tokens) - 1
-            piece = self._piece(token, output.finish_reason if last else None)
+        last = len(tokens) - 1
+        for position, token in enumerate(tokens):
+            if finish is None or position != last:
+                delta = self._text.push(token.token_id)
+                piece = Piece(self.num_tokens, token, delta.text, False, delta.message)
+                if delta.stopped is not None:
+                    self.stop_reason, self.matched = "stop", delta.stopped
+            else:
+                piece = self._last_piece(token, finish)
+            self.num_tokens += 1
             pieces.append(piece)
             self.texts.append(piece.text)
-            self.num_reasoning_tokens += piece.message is not None and piece.message.kind == "reasoning"
+            if piece.message is not None and piece.message.kind == "reasoning":
+                self.num_reasoning_tokens += 1
             if self.stop_reason is not None:
                 break
         return pieces
 
-    def _piece(self, token: SampledToken, finish: FinishReason | None) -> Piece:
-        index = self.num_tokens
-        self.num_tokens += 1
+    def _last_piece(self, token: SampledToken, finish: FinishReason) -> Piece:
         ends = finish is FinishReason.STOP
         if ends:
             is_end = token.token_id in self._plan.end_ids
@@ -101,11 +111,11 @@ class Answer:
         if not (ends and self._tokenizer.is_text(token.token_id)):  # a control token also ends a message
             delta = self._text.push(token.token_id)
         text, message = delta.text, delta.message
-        if finish is not None and delta.stopped is None:
+        if delta.stopped is None:
             delta = self._text.finish()
             text += delta.text
             message = delta.message or message
             self.stop_reason = self.stop_reason or "length"
         if delta.stopped is not None:
             self.stop_reason, self.matched = "stop", delta.stopped
-        return Piece(index, token, text, ends, message)
+        return Piece(self.num_tokens, token, text, ends, message)

@@ -19,6 +19,7 @@ from worker_orcd.narration import Narration
 from worker_orcd.server import control, execute, tokenize
 from worker_orcd.server.auth import BearerToken
 from worker_orcd.server.context import MAX_BODIES, MAX_TEXT_THREADS, BodyBudget, Context
+from worker_orcd.server.direct import DirectRoutes
 from worker_orcd.server.edge import Edge, attached, error_response
 from worker_orcd.server.failures import ERROR_RESPONSE
 from worker_orcd.server.metrics import Metrics
@@ -43,17 +44,18 @@ def create_app(
     `request_shutdown` is called on the loop by POST /shutdown and must return at once; whoever gave it drains
     (`Status.begin_drain`, `EngineClient.wait_idle`, `EngineClient.cancel_all`) and stops the server.
     """
+    token = BearerToken(config.api_key)
     app = FastAPI(
         title="worker-orcd",
         version=VERSION,
-        dependencies=[Depends(BearerToken(config.api_key))],
+        dependencies=[Depends(token)],
         docs_url=None if config.api_key is not None else "/docs",
         redoc_url=None,
         openapi_url=None if config.api_key is not None else "/openapi.json",
         redirect_slashes=False,
         responses={"4XX": ERROR_RESPONSE, "5XX": ERROR_RESPONSE},
     )
-    app.state.context = Context(
+    context = app.state.context = Context(
         config=config,
         status=status,
         metrics=metrics,
@@ -67,6 +69,8 @@ def create_app(
     app.router.add_route("/livez", control.livez, methods=["GET"])
     app.add_exception_handler(WorkerError, _told)
     app.add_exception_handler(HTTPException, _told)
+    direct = execute.DIRECT | completions.DIRECT | chat.DIRECT
+    app.add_middleware(DirectRoutes, routes=direct, token=token, context=context)
     app.add_middleware(Edge, config=config, narration=narration)
     return app
 

@@ -2,8 +2,9 @@
 
 Everything here runs on the event loop except `publish`, which the engine calls on its own thread once a step.
 A request is admitted (counted) before anything expensive is done for it, and holds its place until the `with`
-block of its `Admission` ends. A sequence is one `generate`: leaving that generator in any way cancels what is
-not finished. A reader that falls too far behind loses its own stream and disturbs no other.
+block of its `Admission` ends. A sequence is one `follow`: closing that generator cancels what is not
+finished. Its reader is called when there is news and takes it at once, without a task that wakes up for it. A
+reader that falls too far behind loses its own stream and disturbs no other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -54,13 +55,16 @@ class Generation:
 class _Stream:
     """Outputs of one sequence between the dispatcher and its reader."""
 
-    __slots__ = ("failure", "finished", "outputs", "wake")
+    __slots__ = ("failure", "finished", "id", "is_ready", "num_left", "outputs", "wake")
 
-    def __init__(self) -> None:
+    def __init__(self, stream_id: int, wake: Callable[[], None]) -> None:
+        self.id = stream_id
         self.outputs: deque[Output] = deque()
-        self.wake = asyncio.Event()
+        self.wake = wake
         self.finished = False  # the last output has arrived: there is nothing left to cancel
         self.failure: WorkerError | None = None  # ends the stream in place of what is buffered
+        self.is_ready = False  # in the line of those to be woken
+        self.num_left = 0  # outputs that waited when it was last woken
 
 
 class Admission:
@@ -103,7 +107,8 @@ class EngineClient:
         self._max_buffered_outputs = max_buffered_outputs
         self._ids = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
-        self._backlog: deque[Output] = deque()  # published, not yet given to their streams
+        self._ready: deque[_Stream] = deque()  # they have news and are to be woken
+        self._is_waking = False  # somebody is at work on `_ready`, or will be in the next turn of the loop
         self._jobs: dict[str, Admission] = {}
         self._num_admitted = 0
         self._draining = False
@@ -162,28 +167,31 @@ class EngineClient:
         if not self._jobs:
             self._idle.set()
 
-    async def generate(self, admission: Admission, request: Generation) -> AsyncGenerator[Output, None]:
-        """Outputs of one sequence, the last with finish reason STOP or LENGTH.
+    def follow(
+        self, admission: Admission, request: Generation, wake: Callable[[], None]
+    ) -> Generator[Output | None, None, None]:
+        """Outputs of one sequence, the last with finish reason STOP or LENGTH; None: no more for now.
 
-        Raises Cancelled, DeadlineExceeded or an EngineError in place of the other ways to finish. Close the
-        generator (`contextlib.aclosing`) to cancel.
+        After None, `wake` is called when there is more; it must not block or raise. Raises Cancelled,
+        DeadlineExceeded or an EngineError in place of the other ways to finish. Close the generator to
+        cancel.
         """
         if admission.failure is not None:
             raise admission.failure
         stream_id = next(self._ids)
-        stream = _Stream()
+        stream = _Stream(stream_id, wake)
         self._streams[stream_id] = stream
         admission.stream_ids.add(stream_id)
         try:
             self._send(_submit(stream_id, request))
+            outputs = stream.outputs
             while True:
                 if stream.failure is not None:
                     raise stream.failure
-                if not stream.outputs:
-                    stream.wake.clear()
-                    await stream.wake.wait()
+                if not outputs:
+                    yield None
                     continue
-                output = stream.outputs.popleft()
+                output = outputs.popleft()
                 if output.tokens or output.finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH):
                     yield output
                 if output.finish_reason is not None:
@@ -234,43 +242,58 @@ class EngineClient:
                 raise
 
     def _dispatch(self, outputs: Sequence[Output]) -> None:
-        is_waking = bool(self._backlog)
-        self._backlog.extend(outputs)
-        if not is_waking:
-            self._wake_some()
-
-    def _wake_some(self) -> None:
-        """Wake a few streams, the others in later turns of the loop, so that other requests get theirs."""
-        for _ in range(min(_OUTPUTS_A_TURN, len(self._backlog))):
-            output = self._backlog.popleft()
+        for output in outputs:
             stream = self._streams.get(output.id)
-            if stream is None or stream.finished or stream.failure is not None:
+            if stream is None or stream.finished:
                 continue  # cancelled meanwhile
             if output.finish_reason is not None:
                 stream.finished = True
-            if len(stream.outputs) >= self._max_buffered_outputs:
-                unread = Cancelled("the client does not read its answer: too much of it is waiting")
-                self._fail_stream(output.id, stream, unread)
-                continue
             stream.outputs.append(output)
-            stream.wake.set()
-        if self._backlog:
+            if not stream.is_ready:
+                self._line_up(stream)
+
+    def _line_up(self, stream: _Stream) -> None:
+        """To be woken in a later turn: what is published meanwhile comes with it."""
+        stream.is_ready = True
+        self._ready.append(stream)
+        if not self._is_waking:
+            self._is_waking = True
             self._loop.call_soon(self._wake_some)
+
+    def _wake_some(self) -> None:
+        """Wake a few streams, the others in later turns of the loop, so that other requests get theirs."""
+        room = _OUTPUTS_A_TURN
+        try:
+            while self._ready and room > 0:
+                stream = self._ready.popleft()
+                stream.is_ready = False
+                num_waiting = len(stream.outputs)
+                room -= max(1, num_waiting)
+                if self._max_buffered_outputs <= stream.num_left <= num_waiting:  # a burst alone is no reason
+                    unread = Cancelled("the client does not read its answer: too much of it is waiting")
+                    self._fail_stream(stream, unread)
+                stream.num_left = len(stream.outputs)
+                stream.wake()
+        finally:
+            self._is_waking = bool(self._ready)
+            if self._ready:
+                self._loop.call_soon(self._wake_some)
 
     def _fail_job(self, admission: Admission, error: WorkerError) -> None:
         if admission.failure is None:
             admission.failure = error
         for stream_id in tuple(admission.stream_ids):
             if (stream := self._streams.get(stream_id)) is not None and not stream.finished:
-                self._fail_stream(stream_id, stream, error)
+                self._fail_stream(stream, error)
 
-    def _fail_stream(self, stream_id: int, stream: _Stream, error: WorkerError) -> None:
+    def _fail_stream(self, stream: _Stream, error: WorkerError) -> None:
         stream.failure = error
         stream.outputs.clear()
         if not stream.finished:
             stream.finished = True
-            self._send(Cancel(stream_id))
-        stream.wake.set()
+            self._send(Cancel(stream.id))
+        if not stream.is_ready:
+            self._line_up(stream)
 
     def _cancel_stream(self, stream_id: int) -> None:
         stream = self._streams.pop(stream_id, None)

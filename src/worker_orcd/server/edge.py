@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker_orcd.config import ServerConfig
+from worker_orcd.errors import WorkerError
 from worker_orcd.narration import Narration
 from worker_orcd.server.failures import failure_of
 from worker_orcd.server.json import JSON
@@ -102,15 +103,14 @@ class Edge:
                 self._admit(scope, headers)
                 await self._wait_for_turn(scope)
                 await self._app(scope, receive, send_named)
-            except HTTPException as error:
-                await error_response(error, scope, correlation_id)(scope, receive, send_named)
             except Exception as error:
-                self._narration.tell(
-                    "error",
-                    f"A request failed in an unexpected way: {type(error).__name__}.",
-                    trace=error,
-                    correlation_id=correlation_id,
-                )
+                if started or not isinstance(error, HTTPException | WorkerError):
+                    self._narration.tell(
+                        "error",
+                        f"A request failed in an unexpected way: {type(error).__name__}.",
+                        trace=error,
+                        correlation_id=correlation_id,
+                    )
                 if started:
                     raise  # too late for an answer: uvicorn cuts the connection
                 await error_response(error, scope, correlation_id)(scope, receive, send_named)

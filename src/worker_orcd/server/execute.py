@@ -8,9 +8,10 @@ stream begins, as plain JSON with a status.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable, Generator
+from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -20,17 +21,20 @@ from starlette.responses import Response
 from worker_orcd.server.answer import Answer, Piece
 from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
+from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
 from worker_orcd.server.failures import failure_of
 from worker_orcd.server.jobs import Job, open_job
 from worker_orcd.server.json import JSON
-from worker_orcd.server.prompt import Plan, Prompt, deadline_of, plan
+from worker_orcd.server.prompt import Plan, Prompt, deadline_of, is_quick, plan
 from worker_orcd.server.sse import EventStream, event
 from worker_orcd.server.status import Serving
 from worker_orcd.server.wire import MAX_DEADLINE_MS, CancelRequest, ExecuteRequest
 from worker_orcd.text.regions import Channel
 
 router = APIRouter()
+
+_read = json_body(ExecuteRequest, may_be_rejected_job=True)
 
 
 class TopLogprob(msgspec.Struct):
@@ -62,14 +66,15 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
 async def execute(
     request: Request,
     context: ContextOf,
-    body: Annotated[ExecuteRequest, Depends(json_body(ExecuteRequest, may_be_rejected_job=True))],
+    body: Annotated[ExecuteRequest, Depends(_read)],
 ) -> Response:
     """Run a job and stream its events."""
     deadline = deadline_of(body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS)
     job = open_job(context, request, body.job_id)
+    prompt = _prompt(body)
 
     async def prepare() -> Plan:
-        (ids,) = await job.encode(_prompt(body))
+        (ids,) = await job.encode(prompt)
         planned = plan(
             context,
             job.serving,
@@ -82,12 +87,16 @@ async def execute(
         return planned if body.messages is None else planned.answering_messages()
 
     try:
-        prepared = await unless_gone(request, prepare)
+        prepared = await (prepare() if is_quick([prompt]) else unless_gone(request, prepare))
     except Exception as error:
         job.failed(error)
         raise
     job.begin(prepared)
-    return EventStream(_events(job, prepared), keep_alive_seconds=context.config.keep_alive_seconds)
+    events = partial(_events, job, prepared)
+    return EventStream(events, keep_alive_seconds=context.config.keep_alive_seconds)
+
+
+DIRECT = {"/execute": DirectRoute(_read, execute)}
 
 
 @router.post("/cancel", status_code=202, openapi_extra=describes(CancelRequest))
@@ -108,14 +117,17 @@ def _prompt(body: ExecuteRequest) -> Prompt:
     return Prompt(param="prompt_token_ids", token_ids=body.prompt_token_ids)
 
 
-async def _events(job: Job, prepared: Plan) -> AsyncGenerator[bytes, None]:
+def _events(job: Job, prepared: Plan, wake: Callable[[], None]) -> Generator[bytes, None, None]:
     serving = job.serving
     answer = Answer(prepared, serving.tokenizer)
     interval = job.context.config.metrics_interval_ms / 1000
     started, told_at = False, 0.0
     try:
-        async with aclosing(job.run(prepared, answer)) as batches:
-            async for pieces in batches:
+        with closing(job.run(prepared, answer, wake)) as batches:
+            for pieces in batches:
+                if pieces is None:
+                    yield b""
+                    continue
                 if not started:
                     started, told_at = True, time.monotonic()
                     yield _started(job, prepared, answer)

@@ -7,8 +7,8 @@ is "cancelled" until somebody knows better: that is what it is when the client g
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable, Generator
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ from worker_orcd.server.context import Context
 from worker_orcd.server.edge import attached
 from worker_orcd.server.failures import failure_of
 from worker_orcd.server.metrics import Outcome
-from worker_orcd.server.prompt import Plan, Prompt, encode
+from worker_orcd.server.prompt import Plan, Prompt, encode, is_quick
 from worker_orcd.server.status import Serving
 
 
@@ -94,14 +94,17 @@ class Job:
             )
 
     async def encode(self, *prompts: Prompt) -> list[tuple[int, ...]]:
-        """Token ids of each prompt, computed in a thread. Raises what `prompt.encode` raises; Cancelled."""
+        """Token ids of each prompt, computed in a thread unless that `is_quick`.
+
+        Raises what `prompt.encode` raises; Cancelled.
+        """
 
         def work() -> list[tuple[int, ...]]:
             text = "\n".join(prompt.content for prompt in prompts)
             self._told_prompt = self.context.narration.text_fields("prompt", text)
             return [encode(self.context, self.serving, prompt) for prompt in prompts]
 
-        ids = await self.context.in_thread(work)
+        ids = work() if is_quick(prompts) else await self.context.in_thread(work)
         if self._admission.failure is not None:
             raise self._admission.failure
         return ids
@@ -120,24 +123,33 @@ class Job:
             **self._told_prompt,
         )
 
-    async def run(self, plan: Plan, answer: Answer) -> AsyncGenerator[list[Piece], None]:
-        """Pieces of one answer as they come; ends when the answer is complete. Close it to cancel."""
+    def run(
+        self, plan: Plan, answer: Answer, wake: Callable[[], None]
+    ) -> Generator[list[Piece] | None, None, None]:
+        """Pieces of one answer as they come; ends when the answer is complete. Close it to cancel.
+
+        None: no more for now; `wake` is called when there is.
+        """
         self._answers.append(answer)
         deadline = plan.generation.deadline
         if deadline is not None and deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline of the job passed before it could start")
         metrics = self.context.metrics
-        async with aclosing(self.serving.client.generate(self._admission, plan.generation)) as outputs:
-            async for output in outputs:
+        with closing(self.serving.client.follow(self._admission, plan.generation, wake)) as outputs:
+            for output in outputs:
+                if output is None:
+                    yield None
+                    continue
                 previous, had_first = answer.last_at, answer.first_at is not None
                 pieces = answer.push(output)
                 if pieces:
-                    metrics.tokens_generated(len(pieces))
                     if had_first:
-                        metrics.inter_token((answer.last_at - previous) / len(pieces))
+                        metrics.next_tokens(len(pieces), answer.last_at - previous)
                     else:
-                        metrics.first_token(
-                            queue_seconds=answer.queue_seconds, ttft_seconds=answer.last_at - self.received_at
+                        metrics.first_tokens(
+                            len(pieces),
+                            queue_seconds=answer.queue_seconds,
+                            ttft_seconds=answer.last_at - self.received_at,
                         )
                 yield pieces
                 if answer.stop_reason is not None:

@@ -102,15 +102,16 @@ class Metrics(Collector):
     def prompt_accepted(self, num_tokens: int) -> None:
         self._tokens_in += num_tokens
 
-    def first_token(self, *, queue_seconds: float, ttft_seconds: float) -> None:
+    def first_tokens(self, num_tokens: int, *, queue_seconds: float, ttft_seconds: float) -> None:
+        """The first output of a sequence has come."""
+        self._tokens_generated += num_tokens
         self._queue_seconds.observe(queue_seconds)
         self._ttft_seconds.observe(ttft_seconds)
 
-    def tokens_generated(self, num_tokens: int) -> None:
+    def next_tokens(self, num_tokens: int, seconds: float) -> None:
+        """A later output has come, so long after the one before."""
         self._tokens_generated += num_tokens
-
-    def inter_token(self, seconds: float) -> None:
-        self._itl_seconds.observe(seconds)
+        self._itl_seconds.observe(seconds / num_tokens)
 
     def sequence_ended(self, milliseconds: float) -> None:
         """Milliseconds from submission to the last token."""

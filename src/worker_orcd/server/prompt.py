@@ -21,6 +21,7 @@ from worker_orcd.server.status import Serving
 from worker_orcd.server.wire import MAX_SEED, Message, Sampling
 
 DEFAULT_MAX_TOKENS = 2048
+_FEW = 2048  # token ids are checked in the time that it takes to begin a thread's work
 _SEED_BITS = 53  # of a seed made up here: exact in every JSON parser
 
 
@@ -60,6 +61,11 @@ class Plan:
         sampling = self.generation.sampling
         sampling = dataclasses.replace(sampling, seed=(sampling.seed + index) & MAX_SEED)
         return dataclasses.replace(self, generation=dataclasses.replace(self.generation, sampling=sampling))
+
+
+def is_quick(prompts: Sequence[Prompt]) -> bool:
+    """Whether `encode` has so little to do that no thread is worth it: their token ids are known and few."""
+    return sum(_FEW if prompt.token_ids is None else len(prompt.token_ids) for prompt in prompts) < _FEW
 
 
 def encode(context: Context, serving: Serving, prompt: Prompt) -> tuple[int, ...]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from worker_orcd.config import ServerConfig
+from worker_orcd.server.sse import BODY_WRITER
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers
 HEAD_SECONDS = 10.0
@@ -71,6 +72,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = self._unparsed_bytes = 0
         self._head_timer = _cancelled(self._head_timer)
         super().on_headers_complete()
+        writer: Any = ChunkWriter(self.cycle)
+        self.cycle.scope["extensions"] = {BODY_WRITER: writer}  # the request's task has not begun yet
 
     def send_400_response(self, msg: str) -> None:
         if self._head_bytes > self.max_head_bytes:
@@ -107,6 +110,28 @@ class BoundedProtocol(HttpToolsProtocol):
             + f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
         )
         self.transport.close()
+
+
+class ChunkWriter:
+    """The `BodyWriter` of a response: does what uvicorn's `send` does with a part of a body."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._transport = cycle.transport
+
+    @property
+    def is_open(self) -> bool:
+        cycle = self._cycle
+        return (
+            cycle.response_started
+            and cycle.chunked_encoding is True
+            and not (cycle.response_complete or cycle.disconnected)
+            and not (self._flow.write_paused or self._transport.is_closing())
+        )
+
+    def write(self, body: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:

@@ -3,14 +3,19 @@
 A frame is one whole event, encoded. When nothing was sent for `keep_alive_seconds` a comment goes out, which
 clients must ignore. When the client hangs up, or the response ends in any other way, the frames' generator is
 closed, and with it whatever it was waiting for.
+
+Two ways lead to the client. As long as the connection takes what it is given, frames are written as soon as
+they are known, all that are known at once, and no task wakes up for them. Otherwise, and for the first and
+the last bytes, a task sends them through ASGI and waits for the connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
+from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -19,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from worker_orcd.server.disconnect import hung_up, settle
 
 KEEP_ALIVE = b": keep-alive\n\n"
+BODY_WRITER = "worker_orcd.body_writer"
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -39,52 +45,105 @@ def data(content: object) -> bytes:
     return b"data: " + _encoder.encode(content) + b"\n\n"
 
 
+class BodyWriter(Protocol):
+    """How a server lets a response be written from a callback: `scope["extensions"][BODY_WRITER]`."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the response has begun and the connection takes more of its body now."""
+        ...
+
+    def write(self, body: bytes) -> None:
+        """A part of the body, not empty. Only while `is_open`."""
+        ...
+
+
+Frames = Callable[[Callable[[], None]], Generator[bytes, None, None]]
+
+
 class EventStream(Response):
-    """Streams what `frames` yields. `frames` must not raise: an error is an event like any other."""
+    """Streams what `frames(wake)` yields; after an empty frame there is no more until `wake` is called.
+
+    `frames` must not raise: an error is an event like any other.
+    """
 
     def __init__(
-        self,
-        frames: AsyncGenerator[bytes, None],
-        *,
-        keep_alive_seconds: float,
-        headers: dict[str, str] | None = None,
+        self, frames: Frames, *, keep_alive_seconds: float, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(status_code=200, headers={**_HEADERS, **(headers or {})})
         del self.headers["content-length"]
-        self._frames = frames
+        self._frames = frames(self._wake)
         self._keep_alive_seconds = keep_alive_seconds
         self._written_at = 0.0
-        self._ending = False
+        self._writer: BodyWriter | None = None
+        self._waits = False  # the task has nothing to send: frames may be written without it
+        self._news = asyncio.Event()  # for the task
+        self._last = b""  # frames that go with the end of the response
+        self._failure: Exception | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = asyncio.create_task(self._write(send))
-        comments = asyncio.create_task(self._keep_alive(send))
+        self._writer = scope.get("extensions", {}).get(BODY_WRITER)
         gone = asyncio.create_task(hung_up(receive))
-        writer.add_done_callback(lambda _: comments.cancel())
+        gone.add_done_callback(lambda _: self._news.set())
         try:
-            await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await self._write(send, gone)
         finally:
-            await settle(writer, comments, gone)
-        if not writer.cancelled():
-            writer.result()
+            await settle(gone)
 
-    async def _write(self, send: Send) -> None:
-        async with aclosing(self._frames) as frames:
+    async def _write(self, send: Send, gone: asyncio.Task[None]) -> None:
+        with closing(self._frames):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             self._written_at = time.monotonic()
-            async for frame in frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-                self._written_at = time.monotonic()
-            self._ending = True
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            for frame in self._frames:
+                if gone.done():
+                    return
+                if frame:
+                    await self._send(send, frame)
+                else:
+                    await self._wait(send)
+                if self._failure is not None:
+                    raise self._failure
+            await send({"type": "http.response.body", "body": self._last, "more_body": False})
 
-    async def _keep_alive(self, send: Send) -> None:
-        while not self._ending:
-            silent = time.monotonic() - self._written_at if self._written_at else 0.0
+    async def _send(self, send: Send, body: bytes) -> None:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._written_at = time.monotonic()
+
+    async def _wait(self, send: Send) -> None:
+        """For news, with comments while there are none."""
+        self._waits = True
+        while not self._news.is_set():
+            silent = time.monotonic() - self._written_at
             if silent >= self._keep_alive_seconds:
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                await self._send(send, KEEP_ALIVE)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._keep_alive_seconds - silent):
+                    await self._news.wait()
+        self._news.clear()
+        self._waits = False
+
+    def _wake(self) -> None:
+        """There are new frames. Called in the turn of whoever made them, which must not fail for it."""
+        if not self._waits or self._writer is None or not self._writer.is_open:
+            self._news.set()
+            return
+        known: list[bytes] = []
+        try:
+            for frame in self._frames:
+                if not frame:
+                    break
+                known.append(frame)
+            else:
+                self._last = b"".join(known)  # the task ends the response, and all of it is one write
+                self._waits = False
+                self._news.set()
+                return
+            if known:
+                self._writer.write(b"".join(known))
                 self._written_at = time.monotonic()
-                silent = 0.0
-            await asyncio.sleep(max(0.0, self._keep_alive_seconds - silent))
+        except Exception as error:
+            self._failure = error
+            self._news.set()

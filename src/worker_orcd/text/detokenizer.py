@@ -41,8 +41,13 @@ class PlainDetokenizer:
         self._tokenizer = tokenizer
         self._stream = TextStream(stop)
         self._first = starts_text
+        self._has_stop = any(stop)
 
     def push(self, token_id: int) -> Delta:
+        if self._stream.is_whole and not self._first:
+            whole = self._tokenizer.whole_text(token_id)
+            if whole is not None:
+                return self._stream.push_text(whole.text) if self._has_stop else whole
         if not self._tokenizer.is_text(token_id):
             return Delta("")
         piece = self._tokenizer.stream_bytes(token_id, first=self._first)

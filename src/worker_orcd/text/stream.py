@@ -93,7 +93,7 @@ class StopMatcher:
         """Text that is now certain to be no part of a stop string."""
         if self._stopped is not None:
             return Delta("", self._stopped)
-        if not self._root.children:
+        if self._state is self._root and self._root.children.keys().isdisjoint(text):
             return Delta(text)
         known = self._held + text
         state = self._state
@@ -124,15 +124,24 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = StopStrings(stop).matcher()
         self._finished = False
+        self.is_whole = True  # no beginning of a character is held back, and more may come
 
     def push(self, token: bytes) -> Delta:
         """Text that is now certain: no partial characters, no possible beginning of a stop string."""
-        return self._matcher.push("" if self._finished else self._decoder.decode(token))
+        if self._finished:
+            return self._matcher.push("")
+        text = self._decoder.decode(token)
+        self.is_whole = not self._decoder.getstate()[0]
+        return self._matcher.push(text)
+
+    def push_text(self, text: str) -> Delta:
+        """The same for whole characters. Only while `is_whole`."""
+        return self._matcher.push(text)
 
     def finish(self) -> Delta:
         """What was held back; bytes that never became valid UTF-8 as U+FFFD."""
         if self._finished:
             return self._matcher.push("")
-        self._finished = True
+        self._finished, self.is_whole = True, False
         delta = self._matcher.push(self._decoder.decode(b"", final=True))
         return Delta(delta.text + self._matcher.finish().text, delta.stopped)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from worker_orcd.gguf.metadata import Metadata, quoted
 from worker_orcd.text.bpe import add_tokens, bpe_bytes, build_bpe
 from worker_orcd.text.hf_json import read_hf_json
 from worker_orcd.text.spm import build_spm, spm_bytes
+from worker_orcd.text.stream import Delta
 from worker_orcd.text.vocabulary import (
     TURN_ENDS,
     TokenType,
@@ -91,6 +92,7 @@ class Tokenizer:
         self._plain = parts.plain
         self._special = parts.special
         self._bytes = parts.token_bytes
+        self._whole: dict[int, Delta | None] = {}  # found by `whole_text`: most tokens come again and again
         if max(map(len, self.control_texts), default=0) > _MAX_NAME:
             raise InvalidModelFile(f"the name of a control token is longer than {_MAX_NAME} characters")
         if sum(map(len, self.control_texts)) > _MAX_NAMES:
@@ -172,6 +174,18 @@ class Tokenizer:
         """
         piece = self.token_bytes(token_id)
         return piece.removeprefix(b" ") if first and self.strips_leading_space else piece
+
+    def whole_text(self, token_id: int) -> Delta | None:
+        """The text of a token of whole characters, for streams; None where there is more to know of it."""
+        try:
+            return self._whole[token_id]
+        except KeyError:
+            delta = None
+            if self.is_text(token_id):
+                with suppress(UnicodeDecodeError):
+                    delta = Delta(self.token_bytes(token_id).decode())
+            self._whole[token_id] = delta
+            return delta
 
     def starts_text(self, prompt: Sequence[int]) -> bool:
         """Whether a token after this prompt begins a text rather than continuing one."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -13,6 +14,7 @@ from starlette.responses import Response
 from worker_orcd.server.answer import Piece
 from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
+from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
 from worker_orcd.server.json import JSON
 from worker_orcd.server.openai.choices import (
@@ -34,6 +36,8 @@ from worker_orcd.server.prompt import Prompt, plan
 from worker_orcd.server.sse import EventStream, data
 
 router = APIRouter(prefix="/v1")
+
+_read = json_body(ChatRequest, may_be_rejected_job=True)
 
 
 class ChatMessage(msgspec.Struct):
@@ -89,7 +93,7 @@ class ChatChunk(msgspec.Struct):
 async def chat_completions(
     request: Request,
     context: ContextOf,
-    body: Annotated[ChatRequest, Depends(json_body(ChatRequest, may_be_rejected_job=True))],
+    body: Annotated[ChatRequest, Depends(_read)],
 ) -> Response:
     """Answer a conversation."""
     call = open_call(context, request, body, prefix="chatcmpl", num_sequences=body.n)
@@ -118,7 +122,7 @@ async def chat_completions(
 
     try:
         if body.stream:
-            frames = _frames(call, body, await unless_gone(request, prepare))
+            frames = partial(_frames, call, body, await unless_gone(request, prepare))
             seconds = context.config.keep_alive_seconds
             return EventStream(frames, keep_alive_seconds=seconds, headers=call.headers)
         response = await unless_gone(request, answer)
@@ -127,6 +131,9 @@ async def chat_completions(
         raise
     job.succeeded()
     return response
+
+
+DIRECT = {"/v1/chat/completions": DirectRoute(_read, chat_completions)}
 
 
 def _completion(call: Call, body: ChatRequest, choices: list[Choice]) -> ChatCompletion:
@@ -162,7 +169,9 @@ def _delta(parts: Parts) -> Delta:
     return Delta(reasoning_content=parts.reasoning or msgspec.UNSET, content=parts.content)
 
 
-async def _frames(call: Call, body: ChatRequest, choices: list[Choice]) -> AsyncGenerator[bytes, None]:
+def _frames(
+    call: Call, body: ChatRequest, choices: list[Choice], wake: Callable[[], None]
+) -> Generator[bytes, None, None]:
     options = body.stream_options
     told_usage = None if options is not None and options.include_usage else msgspec.UNSET
     continuous = options is not None and options.continuous_usage_stats
@@ -173,8 +182,12 @@ async def _frames(call: Call, body: ChatRequest, choices: list[Choice]) -> Async
 
     splitters: dict[int, Splitter] = {}
     try:
-        async with aclosing(stream(call.job, choices)) as news:
-            async for choice, pieces, complete_now in news:
+        with closing(stream(call.job, choices, wake)) as news:
+            for item in news:
+                if item is None:
+                    yield b""
+                    continue
+                choice, pieces, complete_now = item
                 if choice.index not in splitters:
                     splitters[choice.index] = Splitter()
                     yield chunk(ChunkChoice(choice.index, Delta(role="assistant", content="")))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from fastapi import Request
@@ -15,7 +17,6 @@ from fastapi import Request
 from worker_orcd.errors import UnknownModel
 from worker_orcd.server.answer import Answer, Piece
 from worker_orcd.server.context import Context
-from worker_orcd.server.disconnect import settle
 from worker_orcd.server.failures import failure_of
 from worker_orcd.server.jobs import Job, open_job
 from worker_orcd.server.openai.fields import ignored_fields
@@ -99,50 +100,49 @@ def choices_of(plans: Sequence[Plan], n: int, tokenizer: Tokenizer) -> list[Choi
 
 async def complete(job: Job, choices: Sequence[Choice]) -> None:
     """Compute all choices to their ends. The first failure ends them all and is raised."""
-
-    async def one(choice: Choice) -> None:
-        async with aclosing(job.run(choice.plan, choice.answer)) as batches:
-            async for pieces in batches:
-                choice.pieces += pieces
-
-    tasks = [asyncio.create_task(one(choice)) for choice in choices]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        await settle(*tasks)
+    woken = asyncio.Event()
+    with closing(stream(job, choices, woken.set)) as news:
+        for item in news:
+            if item is not None:
+                item[0].pieces += item[1]
+                continue
+            await woken.wait()
+            woken.clear()
 
 
 News = tuple[Choice, list[Piece], bool]  # the last: these pieces complete the choice
 
 
-async def stream(job: Job, choices: Sequence[Choice]) -> AsyncGenerator[News, None]:
-    """Pieces of all choices as they come. The first failure ends them all and is raised."""
-    if len(choices) == 1:
-        async with aclosing(job.run(choices[0].plan, choices[0].answer)) as batches:
-            async for pieces in batches:
-                yield choices[0], pieces, choices[0].answer.stop_reason is not None
-        return
-    news: asyncio.Queue[News | Exception] = asyncio.Queue(maxsize=2 * len(choices))
+def stream(
+    job: Job, choices: Sequence[Choice], wake: Callable[[], None]
+) -> Generator[News | None, None, None]:
+    """Pieces of all choices as they come. The first failure ends them all and is raised.
 
-    async def pump(choice: Choice) -> None:
-        try:
-            async with aclosing(job.run(choice.plan, choice.answer)) as batches:
-                async for pieces in batches:
-                    await news.put((choice, pieces, choice.answer.stop_reason is not None))
-        except Exception as error:
-            await news.put(error)
+    None: no more for now; `wake` is called when there is.
+    """
+    ready = deque(choices)
 
-    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
-    try:
+    def has_news(choice: Choice) -> None:
+        ready.append(choice)
+        wake()
+
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(closing(job.run(choice.plan, choice.answer, partial(has_news, choice))))
+            for choice in choices
+        ]
         unfinished = len(choices)
         while unfinished:
-            item = await news.get()
-            if isinstance(item, Exception):
-                raise item
-            unfinished -= item[2]
-            yield item
-    finally:
-        await settle(*tasks)
+            while ready:
+                choice = ready.popleft()
+                for pieces in runs[choice.index]:
+                    if pieces is None:
+                        break
+                    is_complete = choice.answer.stop_reason is not None
+                    unfinished -= is_complete
+                    yield choice, pieces, is_complete
+            if unfinished:
+                yield None
 
 
 def usage_of(choices: Sequence[Choice], n: int) -> Usage:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable, Generator
+from contextlib import closing
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -12,6 +13,7 @@ from starlette.responses import Response
 
 from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
+from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
 from worker_orcd.server.json import JSON
 from worker_orcd.server.openai.choices import (
@@ -32,6 +34,8 @@ from worker_orcd.server.prompt import Prompt, plan
 from worker_orcd.server.sse import EventStream, data
 
 router = APIRouter(prefix="/v1")
+
+_read = json_body(CompletionRequest, may_be_rejected_job=True)
 
 
 class CompletionChoice(msgspec.Struct):
@@ -58,7 +62,7 @@ class Completion(msgspec.Struct):
 async def completions(
     request: Request,
     context: ContextOf,
-    body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest, may_be_rejected_job=True))],
+    body: Annotated[CompletionRequest, Depends(_read)],
 ) -> Response:
     """Continue one or more prompts."""
     call = open_call(context, request, body, prefix="cmpl", num_sequences=body.n * len(body.prompt))
@@ -88,7 +92,7 @@ async def completions(
 
     try:
         if body.stream:
-            frames = _frames(call, body, await unless_gone(request, prepare))
+            frames = partial(_frames, call, body, await unless_gone(request, prepare))
             seconds = context.config.keep_alive_seconds
             return EventStream(frames, keep_alive_seconds=seconds, headers=call.headers)
         response = await unless_gone(request, answer)
@@ -97,6 +101,9 @@ async def completions(
         raise
     job.succeeded()
     return response
+
+
+DIRECT = {"/v1/completions": DirectRoute(_read, completions)}
 
 
 def _prompt(prompt: str | tuple[int, ...]) -> Prompt:
@@ -125,7 +132,9 @@ def _completion(call: Call, body: CompletionRequest, choices: list[Choice]) -> C
     return Completion(*call.envelope, told, usage_of(choices, body.n))
 
 
-async def _frames(call: Call, body: CompletionRequest, choices: list[Choice]) -> AsyncGenerator[bytes, None]:
+def _frames(
+    call: Call, body: CompletionRequest, choices: list[Choice], wake: Callable[[], None]
+) -> Generator[bytes, None, None]:
     options = body.stream_options
     told_usage = None if options is not None and options.include_usage else msgspec.UNSET
     continuous = options is not None and options.continuous_usage_stats
@@ -138,8 +147,12 @@ async def _frames(call: Call, body: CompletionRequest, choices: list[Choice]) ->
     offsets = [CompletionOffsets(tokenizer) if body.logprobs is not None else None for _ in choices]
     echoed: set[int] = set()
     try:
-        async with aclosing(stream(call.job, choices)) as news:
-            async for choice, pieces, complete_now in news:
+        with closing(stream(call.job, choices, wake)) as news:
+            for item in news:
+                if item is None:
+                    yield b""
+                    continue
+                choice, pieces, complete_now = item
                 text = "".join([piece.text for piece in pieces])
                 if choice.index not in echoed:
                     echoed.add(choice.index)
