@@ -7,6 +7,7 @@ psutil are installed. Several engines may run on one model, one after the other,
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import sys
@@ -88,6 +89,8 @@ def load(path: Path, device: DeviceName, engine: EngineConfig, longest: int) -> 
         config = config.serving(plan.max_model_len)
         weights = load_weights(file, config, backend)
         runner = ModelRunner(Decoder(config, weights, backend), backend, plan, engine)
+    gc.collect()
+    gc.freeze()  # as a worker does it
     return Model(path, config, plan, engine, backend, runner, time.perf_counter() - started)
 
 
