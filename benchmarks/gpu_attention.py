@@ -3,7 +3,9 @@ Attention on a GPU: right, the same bits however rows are batched and cut, and h
 
     python benchmarks/gpu_attention.py                      # checks and figures, about a minute
     python benchmarks/gpu_attention.py --only correct same
+    python benchmarks/gpu_attention.py --kv fp8             # float8 keys and values alone
     python benchmarks/gpu_attention.py --only tune          # what planning should take units to cost
+    python benchmarks/gpu_attention.py --only tiles         # which tile is fastest where
 
 Needs a GPU, torch, triton and numpy, and no network. Each part is run twice: first without launching, to
 know its kernels, which are then compiled by many processes. Checks are against float64: mixed rows, split
@@ -18,12 +20,14 @@ goes to a JSON file as it comes; the lines are printed again last. Ends with 1 i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from gpu_attention_steps import Step, exact, head_params, random_step
-from gpu_attention_times import measure, tune
+from gpu_attention_times import KV, measure, tune, tune_tiles
 from gpu_session import Session, parser_of, run_parts
 from worker_orcd.kernels.backend import AttentionParams, Limits
 from worker_orcd.kernels.cuda.attend import Attention, Tile, choose_tile
@@ -60,9 +64,10 @@ CASES: dict[str, tuple[AttentionParams, Rows, bool, int]] = {  # with sinks or n
 
 def check_correct(session: Session) -> None:
     found: dict[str, dict[str, float]] = {}
-    for name, (params, rows, sinks, block_size) in CASES.items():
-        step = random_step(params, rows, session.device, block_size=block_size)
-        attention = Attention(session.kernels, step.limits)
+    for kv, (case, (params, rows, sinks, block_size)) in product(session.args.kv, CASES.items()):
+        name = f"{case}, {kv}"
+        step = random_step(params, rows, session.device, block_size=block_size, fp8=kv == "fp8")
+        attention = Attention(session.kernels, step.limits, cache=step.cache.tensor.dtype)
         attention.reserve(params)
         out = step.run(attention, step.limits, sinks=sinks)
         if session.recording:
@@ -77,7 +82,7 @@ def check_correct(session: Session) -> None:
         ok = 0 < one["error"] < 1e-3 and not one["counters"] and not one["touched"]
         found[name] = one
         session.save("correct", found)
-        (session.say if ok else session.fail)(f"{'' if ok else 'WRONG '}{name:26} {one}")
+        (session.say if ok else session.fail)(f"{'' if ok else 'WRONG '}{name:34} {one}")
 
 
 # -- the same ----------------------------------------------------------------------------------------------
@@ -97,22 +102,25 @@ BATCHES = (1, 2, 5, 16, 40)
 Alone = dict[int, tuple[int, torch.Tensor]]  # by a row's first block: position of the first query, results
 
 
-def half(head_dim: int, tokens: int, capability: int) -> Tile:
+def half(head_dim: int, tokens: int, capability: int, cache: torch.dtype) -> Tile:
     """Tiles of the other size."""
-    tile = choose_tile(head_dim, tokens, capability)
+    tile = choose_tile(head_dim, tokens, capability, cache)
     if head_dim > 128 or capability < 90:
         return tile
     rows = 192 - tile.rows
     return Tile(rows=rows, warps=rows // 16, stages=tile.stages, programs=128 // rows)
 
 
-def ways(session: Session, params: AttentionParams, limits: Limits) -> dict[str, Attention]:
+def ways(
+    session: Session, params: AttentionParams, limits: Limits, cache: torch.dtype
+) -> dict[str, Attention]:
     """How a step may be cut up."""
+    make = partial(Attention, session.kernels, limits, cache=cache)
     found = {
-        "as shipped": Attention(session.kernels, limits),
-        "rows whole": Attention(session.kernels, limits, splitting=1e9),
-        "rows in many parts": Attention(session.kernels, limits, start=0.0, splitting=0.0),
-        "other tiles": Attention(session.kernels, limits, choose=half),
+        "as shipped": make(),
+        "rows whole": make(splitting=1e9),
+        "rows in many parts": make(start=0.0, splitting=0.0),
+        "other tiles": make(choose=half),
     }
     for attention in found.values():
         attention.reserve(params)
@@ -146,11 +154,12 @@ def trials(step: Step) -> dict[str, list[Step]]:
 
 def check_same(session: Session) -> None:
     found: dict[str, Any] = {}
-    for name, (params, sinks) in KINDS.items():
-        step = random_step(params, LONG + SHORT, session.device)
+    for kv, (kind, (params, sinks)) in product(session.args.kv, KINDS.items()):
+        name = f"{kind}, {kv}"
+        step = random_step(params, LONG + SHORT, session.device, fp8=kv == "fp8")
         limits = step.limits
         alone: Alone = {}
-        cut = ways(session, params, limits)
+        cut = ways(session, params, limits, step.cache.tensor.dtype)
         for row, (before, count) in enumerate(step.rows):
             one = step.part([(row, 0, count)])
             alone[one.tables[0][0]] = before, one.run(cut["as shipped"], limits, sinks=sinks)
@@ -168,7 +177,7 @@ def check_same(session: Session) -> None:
                     session.fail(f"DIFFERS {name}, {trial}, {way}: {bad} words")
         found[name] = {"compared": compared, "differing": differing}
         session.save("same", found)
-        session.say(f"{name:32} {found[name]}")
+        session.say(f"{name:40} {found[name]}")
 
 
 def compare(alone: Alone, step: Step, out: torch.Tensor) -> tuple[int, int]:
@@ -187,11 +196,13 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "same": check_same,
     "fast": measure,
     "tune": tune,
+    "tiles": tune_tiles,
 }
 
 
 def main() -> None:
     parser = parser_of(__doc__, PARTS, "gpu_attention.json", default=("correct", "same", "fast"))
+    parser.add_argument("--kv", nargs="+", choices=KV, default=list(KV), help="what keys and values are")
     run_parts(parser.parse_args(), PARTS)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
 from worker_orcd.kernels.cuda.attend import Attention
+from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE, LARGEST_FP8
 
 
 def bucket(tokens: int) -> int:
@@ -27,7 +28,7 @@ class Step:
     rows: list[tuple[int, int]]  # of each: tokens before its first query, queries
     tables: list[list[int]]  # of each: its blocks
     q: torch.Tensor  # (queries of all rows, num_heads * head_dim)
-    cache: LayerCache
+    cache: LayerCache  # float16, or float8 as `to_fp8` makes it
     sinks: torch.Tensor  # (num_heads,)
 
     @property
@@ -90,13 +91,28 @@ class Step:
         return attention.run(q, self.cache, inputs, out, self.params, self.sinks if sinks else None)
 
 
+def to_fp8(keys_values: torch.Tensor) -> torch.Tensor:
+    """(2, …) as it is stored in a float8 cache."""
+    scaled = torch.stack((keys_values[0] * KEY_SCALE, keys_values[1]))
+    return scaled.clamp(-LARGEST_FP8, LARGEST_FP8).to(FP8)
+
+
+def wide(cache: torch.Tensor, blocks: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """Blocks of a cache, float64: what its numbers stand for."""
+    if cache.dtype != FP8:
+        return cache[:, blocks].double()
+    found = cache.view(torch.uint8)[:, blocks].view(FP8).double()
+    found[0] /= KEY_SCALE
+    return found
+
+
 def random_step(
     params: AttentionParams,
     rows: list[tuple[int, int]],
     device: torch.device,
     *,
     block_size: int = 16,
-    dtype: torch.dtype = torch.float16,
+    fp8: bool = False,
 ) -> Step:
     """`rows`: how many tokens each row has in the cache already, and how many queries.
 
@@ -113,18 +129,18 @@ def random_step(
     for count in blocks:
         tables.append(order[:count])
         order = order[count:]
-    q = random(sum(count for _, count in rows), params.num_heads * params.head_dim).to(dtype)
-    cache = random(2, 1 + sum(blocks), params.num_kv_heads, block_size, params.head_dim).to(dtype)
-    cache[:, 0] = torch.nan
+    q = random(sum(count for _, count in rows), params.num_heads * params.head_dim).half()
+    keys_values = random(2, 1 + sum(blocks), params.num_kv_heads, block_size, params.head_dim)
+    keys_values[:, 0] = torch.nan
     for (before, count), table in zip(rows, tables, strict=True):
         if (used := (before + count) % block_size) != 0:
-            cache[:, table[-1], :, used:] = torch.nan
+            keys_values[:, table[-1], :, used:] = torch.nan
     return Step(
         params=params,
         rows=rows,
         tables=tables,
         q=q,
-        cache=LayerCache(cache),
+        cache=LayerCache(to_fp8(keys_values) if fp8 else keys_values.half()),
         sinks=random(params.num_heads),
     )
 
@@ -137,7 +153,7 @@ def exact(step: Step, *, sinks: bool) -> torch.Tensor:
         if count == 0:
             continue
         blocks = torch.tensor(step.tables[row], device=step.q.device)
-        k, v = (side[blocks].transpose(1, 2).flatten(0, 1).double() for side in step.cache.tensor)
+        k, v = (side.transpose(1, 2).flatten(0, 1) for side in wide(step.cache.tensor, blocks))
         k, v = k[: before + count], v[: before + count]
         q = step.q[starts[row] : starts[row + 1]].double()
         heads = q.view(count, params.num_kv_heads, -1, params.head_dim)

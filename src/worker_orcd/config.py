@@ -8,7 +8,7 @@ from typing import Literal
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 CPUActivations = Literal["int8", "int16", "float32"]
-KVCacheDtype = Literal["auto", "float16", "float32"]
+KVCacheDtype = Literal["auto", "float16", "float32", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,12 @@ def test_who_waits_is_told_whose_kernels_are_compiled(library):
     assert told == [("CPU", 0, 1)]
 
 
+def test_the_cpu_has_no_fp8(library):
+    for load in (_unavailable, lambda **_: library):
+        with pytest.raises(InvalidConfiguration, match=r"kv_cache_dtype is fp8; .* fp8 needs a GPU"):
+            select_backend(DeviceConfig(device="cpu", kv_cache_dtype="fp8"), pytest.fail, load)
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(InvalidConfiguration, match=r"device is cuda; torch finds no CUDA device"):
         select_backend(DeviceConfig(device="cuda"), pytest.fail, _unavailable)

@@ -97,9 +97,9 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
     )
-    kv_cache_dtype: Literal["auto", "float16", "float32"] = _setting(
+    kv_cache_dtype: Literal["auto", "float16", "float32", "fp8"] = _setting(
         "device.kv_cache_dtype",
-        "numbers of the KV cache (auto: float32 with float32 activations, else float16)",
+        "numbers of the KV cache (auto: float32 with float32 activations, else float16; fp8: on a GPU)",
     )
     kv_cache_size_mb: int | None = _setting(
         "device.kv_cache_size_mb", "size of the KV cache (default: from the memory budget)", ge=1, le=16 << 20

@@ -19,6 +19,7 @@ from triton.runtime import interpreter
 from gpu_attention_steps import Step, exact, random_step
 from worker_orcd.kernels.backend import AttentionParams
 from worker_orcd.kernels.cuda.attend import _RECORD, Attention
+from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
 
 CPU = torch.device("cpu")
@@ -37,10 +38,10 @@ interpreter._patch_lang_tensor = _patched
 
 
 class Interpreter(Kernels):
-    """Runs what would be launched."""
+    """Runs what would be launched on a GPU without instructions for fp8."""
 
     def __init__(self) -> None:
-        super().__init__(CPU, 90)
+        super().__init__(CPU, 80)
 
     @property
     def multiprocessors(self) -> int:
@@ -48,13 +49,18 @@ class Interpreter(Kernels):
 
     def launch(self, kernel: Kernel, grid: Grid, *arguments: torch.Tensor | int | float) -> None:
         module = importlib.import_module(f"worker_orcd.kernels.cuda.{kernel.module}")
-        getattr(module, kernel.function)[grid](*arguments, **dict(kernel.constants))
+        given = [
+            one.view(torch.uint8) if isinstance(one, torch.Tensor) and one.dtype == FP8 else one
+            for one in arguments
+        ]
+        getattr(module, kernel.function)[grid](*given, **dict(kernel.constants))
 
 
 def attended(
     step: Step, *, sinks: bool = False, splitting: float = 0.0, start: float = 0.0
 ) -> tuple[torch.Tensor, Attention]:
-    attention = Attention(Interpreter(), step.limits, start=start, splitting=splitting)
+    cache = step.cache.tensor.dtype
+    attention = Attention(Interpreter(), step.limits, cache=cache, start=start, splitting=splitting)
     attention.reserve(step.params)
     return step.run(attention, step.limits, sinks=sinks), attention
 
@@ -70,9 +76,10 @@ def case(
     *,
     sinks: bool = False,
     block_size: int = 16,
+    fp8: bool = False,
     **how: Any,
 ) -> dict[str, float]:
-    step = random_step(params, rows, CPU, block_size=block_size)
+    step = random_step(params, rows, CPU, block_size=block_size, fp8=fp8)
     out, attention = attended(step, sinks=sinks, **how)
     wanted = exact(step, sinks=sinks)
     tokens = len(wanted)
@@ -107,6 +114,8 @@ CASES = {
     "wide": lambda: case(params(2, 1, 256), [(300, 1)], block_size=48),
     "window": lambda: case(params(4, 1, 16, 100), [(500, 1), (0, 150), (60, 30)], sinks=True),
     "long window": lambda: case(params(2, 1, 16, 300), [(900, 1), (350, 40)], sinks=True, block_size=128),
+    "fp8": lambda: case(params(4, 2, 96), [(300, 2), (0, 70)], fp8=True),
+    "fp8 window": lambda: case(params(2, 1, 16, 60), [(200, 1), (0, 20)], sinks=True, fp8=True),
     "many heads": lambda: case(params(70, 1, 16), [(130, 1)]),
 }
 

@@ -18,6 +18,7 @@ import torch
 from gpu_weights import random_rows
 from worker_orcd.kernels.backend import AttentionParams, Glu, Matrix, RopeParams
 from worker_orcd.kernels.cpu.reference import ReferenceBackend, ReferenceRouting
+from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE, LARGEST_FP8
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
 from worker_orcd.kernels.cuda.operations import Operations, rope_table
 from worker_orcd.kernels.cuda.weights import pack, upload
@@ -34,7 +35,11 @@ class Interpreter(Kernels):
 
     def launch(self, kernel: Kernel, grid: Grid, *arguments: torch.Tensor | int | float) -> None:
         module = importlib.import_module(f"worker_orcd.kernels.cuda.{kernel.module}")
-        getattr(module, kernel.function)[grid](*arguments, **dict(kernel.constants))
+        given = [
+            one.view(torch.uint8) if isinstance(one, torch.Tensor) and one.dtype == FP8 else one
+            for one in arguments
+        ]
+        getattr(module, kernel.function)[grid](*given, **dict(kernel.constants))
 
 
 OPERATIONS, REFERENCE = Operations(Interpreter()), ReferenceBackend()
@@ -146,6 +151,30 @@ def rope_store() -> list[float]:
     return found
 
 
+def rope_store_fp8() -> list[float]:
+    """Bit for bit: every byte, halfway between, large, small, negative zero, and NaN; no keys are rotated."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes.view(FP8).float()[(codes & 0x7F) != 0x7F].sort().values
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    some = torch.tensor([-0.0, 1e-9, 464.0, 464.1, 1e30, torch.inf, -torch.inf, torch.nan])
+    values = torch.cat((numbers, middle, middle * (1 - 1e-6), middle * (1 + 1e-6), some, random(1, 492)[0]))
+    params = AttentionParams(num_heads=2, num_kv_heads=2, head_dim=16, scale=1.0)
+    v = values[: len(values) // 32 * 32].view(-1, 32)
+    tokens = len(v)
+    q = random(tokens, 32)
+    cache = torch.full((2, tokens // 16 + 2, 2, 16, 16), 0x55, dtype=torch.uint8).view(FP8)
+    slots = torch.arange(tokens, dtype=torch.int32) + 16
+    q_out = sliced(tokens, 32, dtype=torch.float16)
+    qkv = torch.cat((q, v / KEY_SCALE, v), dim=1)
+    OPERATIONS.rope_store(qkv, slots, slots, params, cache, q_out)
+    stored = cache.view(torch.uint8).transpose(2, 3).flatten(1, 2)[:, slots.long()].flatten(2)
+    wanted = v.clamp(-LARGEST_FP8, LARGEST_FP8).to(FP8).view(torch.uint8)
+    nan = v.isnan()
+    wrong = [((one != wanted) & ~nan).sum() + (one[nan] & 0x7F != 0x7F).sum() for one in stored]
+    untouched = (cache.view(torch.uint8) == 0x55).sum() - (stored == 0x55).sum()
+    return [*map(float, wrong), off(q_out, q), float(untouched - cache.numel() + stored.numel())]
+
+
 # -- single elements ---------------------------------------------------------------------------------------
 
 
@@ -219,7 +248,7 @@ def combine() -> list[float]:
 
 
 CASES: list[Callable[[], list[float]]] = [
-    take, norms, rope_store, single, saturated, in_place, linear_f32, route, combine,
+    take, norms, rope_store, rope_store_fp8, single, saturated, in_place, linear_f32, route, combine,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from worker_orcd.kernels.cuda.attend import (
     choose_tile,
     halves,
 )
+from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE, NATIVE_FP8
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels, compile_kernel
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def interpreted() -> dict[str, Any]:
     ("name", "units"),
     [
         ("mixed", 10), ("whole", 5), ("nothing left", 4), ("pieces", 3), ("wide", 3), ("window", 13),
-        ("long window", 6), ("many heads", 2),
+        ("long window", 6), ("many heads", 2), ("fp8", 4), ("fp8 window", 2),
     ],
 )  # fmt: skip
 def test_attention_equals_float64(interpreted: dict[str, Any], name: str, units: int) -> None:
@@ -64,23 +65,33 @@ def test_a_split_row_has_the_bits_of_a_whole_one(interpreted: dict[str, Any]) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capability", "shape", "tokens"),
+    ("capability", "shape", "tokens", "cache"),
     [
-        (90, (32, 32, 96), 1), (90, (32, 32, 96), 512), (90, (14, 2, 64), 1), (90, (64, 8, 64, 128), 512),
-        (90, (64, 8, 64, 128), 1), (90, (4, 1, 256), 1), (80, (14, 2, 64), 1), (80, (4, 1, 256), 1),
-        (89, (32, 8, 128), 1),
+        *((*one, torch.float16) for one in (
+            (90, (32, 32, 96), 1), (90, (32, 32, 96), 512), (90, (14, 2, 64), 1),
+            (90, (64, 8, 64, 128), 512), (90, (64, 8, 64, 128), 1), (90, (4, 1, 256), 1),
+            (80, (14, 2, 64), 1), (80, (4, 1, 256), 1), (89, (32, 8, 128), 1),
+        )),
+        *((*one, FP8) for one in (
+            (90, (32, 32, 96), 1), (90, (32, 8, 128), 512), (90, (64, 8, 64, 128), 1), (80, (14, 2, 64), 1),
+            (89, (32, 8, 128), 1),
+        )),
     ],
 )  # fmt: skip
-def test_the_compiler_spills_nothing(capability: int, shape: tuple[int, ...], tokens: int) -> None:
+def test_the_compiler_spills_nothing(
+    capability: int, shape: tuple[int, ...], tokens: int, cache: torch.dtype
+) -> None:
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    tile = choose_tile(shape[2], tokens, capability)
+    tile = choose_tile(shape[2], tokens, capability, cache)
     windowed = len(shape) > 3
     cut = Cut(params(*shape), tile.rows)
-    kernel = attend_kernel(cut, tile, 16, torch.float16, torch.float16, sinks=windowed)
+    half = torch.float16
+    kernel = attend_kernel(cut, tile, 16, half, cache, half, sinks=windowed, capability=capability)
     compiled = compile_kernel(kernel, capability)
     ptx: str = compiled.asm["ptx"]
     if capability == 90:
         assert "wgmma" in ptx and "mma.sync" not in ptx  # one order of sums, whatever the tile
+    assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (cache == FP8 and capability >= NATIVE_FP8)
     log, _ = assembled(compiled, capability)
     most = SPILLED.get((capability, shape[2]), 0)
     assert all(int(size) <= most for size in re.findall(r"(\d+) bytes spill", log))
@@ -140,6 +151,24 @@ def test_a_launch_depends_on_the_bucket_alone(tokens: int, rows: int) -> None:
     assert named["values"] == 4 * 2 * 16 * 64 and named["block_stride"] == 2 * 16 * 64
     with pytest.raises(ValueError, match=r"queries of torch\.float32"):
         attention.run(q.float(), cache, inputs(), out, kind, None)
+
+
+def test_scores_of_fp8_keys_are_divided_by_what_the_keys_were_multiplied_by() -> None:
+    kernels = Recorder()
+    attention = Attention(kernels, LIMITS, cache=FP8)
+    kind = params(8, 2, 64)
+    attention.reserve(kind)
+    cache = LayerCache(torch.zeros(2, 4, 2, 16, 64, dtype=torch.uint8).view(FP8))
+    q, out = torch.zeros(1, 512, dtype=torch.float16), torch.zeros(1, 512)
+    attention.run(q, cache, inputs(), out, kind, None)
+    [(kernel, _, arguments)] = kernels.launches
+    named = dict(zip([name for name, _ in kernel.arguments], arguments, strict=True))
+    assert named["scale"] == kind.scale / KEY_SCALE
+    assert dict(kernel.arguments)["cache"] == "*u8" and dict(kernel.constants)["NATIVE"]
+    with pytest.raises(ValueError, match=r"queries of torch\.float32"):
+        attention.run(q.float(), cache, inputs(), out, kind, None)
+    with pytest.raises(ValueError, match=r"keys of torch\.float16, not torch\.float8_e4m3fn"):
+        attention.run(q, LayerCache(cache.tensor.view(torch.uint8).half()), inputs(), out, kind, None)
 
 
 def test_rows_of_a_tile_follow_from_the_head_and_the_step() -> None:

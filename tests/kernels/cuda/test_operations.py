@@ -29,7 +29,14 @@ from worker_orcd.kernels.cuda.operations import Operations, rope_table, row_shap
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
-EXACT = [*(f"embed {name}" for name in quant.BY_NAME), "take", "combine", "saturated", "in_place"]
+EXACT = [
+    *(f"embed {name}" for name in quant.BY_NAME),
+    "take",
+    "combine",
+    "saturated",
+    "in_place",
+    "rope_store_fp8",
+]
 NEAR = {"norms": 1e-6, "rope_store": 1e-3, "single": 1e-6, "linear_f32": 1e-6, "route": 1e-6}
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which is not installed")

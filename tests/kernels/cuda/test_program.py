@@ -13,6 +13,7 @@ from tiny_models import MODELS, Tiny, load_runner
 from tiny_variants import VARIANTS, tiny_file
 from torch_launcher import TorchLauncher
 
+from fp8_reference import RoundedReference
 from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.config import EngineConfig
 from worker_orcd.errors import Internal
@@ -47,7 +48,7 @@ PROMPT = np.random.default_rng(7).integers(0, 320, 60).tolist()
 ALL = MODELS | VARIANTS
 
 
-def on_torch() -> tuple[CudaBackend, list[TorchLauncher]]:
+def on_torch(*, fp8_cache: bool = False) -> tuple[CudaBackend, list[TorchLauncher]]:
     """The backend with operations in torch, and where its launcher will be found."""
     made: list[TorchLauncher] = []
 
@@ -61,7 +62,7 @@ def on_torch() -> tuple[CudaBackend, list[TorchLauncher]]:
         made.append(TorchLauncher(kernels, inputs, limits, operations, drawn))
         return made[-1]
 
-    return CudaBackend(Kernels(CPU, 90), launcher), made
+    return CudaBackend(Kernels(CPU, 90), launcher, fp8_cache=fp8_cache), made
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gemma3"])
@@ -73,6 +74,27 @@ def test_logits_are_those_of_the_reference_up_to_rounding(name: str, tmp_path: P
     error = np.abs(found - wanted).max(axis=1) / np.ptp(wanted, axis=1)
     assert 0 < error.max() < 1e-2  # of float16 and bfloat16 operands
     assert made
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_keys_and_values_can_be_fp8(name: str, tmp_path: Path) -> None:
+    path = tiny_file(ALL[name]).write(tmp_path / "tiny.gguf")
+    backend, _ = on_torch(fp8_cache=True)
+    found = score(load_runner(path, backend, ENGINE), PROMPT, 20)
+    exact = score(load_runner(path, ReferenceBackend(), ENGINE), PROMPT)
+    rounded = score(load_runner(path, RoundedReference(), ENGINE), PROMPT)
+    near, far = (np.abs(found - one).max() / np.ptp(exact) for one in (rounded, exact))
+    assert far > 3e-2  # nobody kept them as float16
+    assert near < far / 2 and near < 0.1  # a rounded key may become another one for a trifle
+
+
+def test_an_fp8_cache_is_half_as_large() -> None:
+    small, large = on_torch(fp8_cache=True)[0], on_torch()[0]
+    assert 2 * small.cache_block_bytes(16, 8, 96) == large.cache_block_bytes(16, 8, 96)
+    for backend in (small, large):
+        stored = backend.allocate_cache(3, 16, 8, 96).tensor
+        assert stored.nbytes == 3 * backend.cache_block_bytes(16, 8, 96)
+    assert small.description.endswith("fp8 KV cache") and large.description.endswith("float16 KV cache")
 
 
 def kinds(tiny: Tiny, tmp_path: Path) -> list[Operation]:

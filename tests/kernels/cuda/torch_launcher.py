@@ -9,6 +9,7 @@ from functools import singledispatchmethod
 import numpy as np
 import torch
 
+from gpu_attention_steps import to_fp8, wide
 from worker_orcd.kernels.backend import (
     CLAMPED_SWIGLU_ALPHA,
     CLAMPED_SWIGLU_LIMIT,
@@ -18,6 +19,7 @@ from worker_orcd.kernels.backend import (
     Limits,
     RopeParams,
 )
+from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.executor import Launch, View
 from worker_orcd.kernels.cuda.inputs import Bucket
@@ -136,8 +138,11 @@ class TorchLauncher:
         out.copy_(q.reshape(tokens, -1))
         cache, size = one.cache.tensor, self._limits.block_size
         slots = self._inputs.slots[one.cache.group, :tokens].long()
-        for side, values in enumerate((k, v)):
-            cache[side, slots // size, :, slots % size] = values.to(cache.dtype)
+        stored = torch.stack((k, v))
+        stored = to_fp8(stored).view(torch.uint8) if cache.dtype == FP8 else stored.to(cache.dtype)
+        lying = cache.view(stored.dtype)
+        for side, values in enumerate(stored):
+            lying[side, slots // size, :, slots % size] = values
 
     @_run.register
     def _(self, one: Attend, view: View, bucket: Bucket) -> None:
@@ -146,9 +151,9 @@ class TorchLauncher:
         for row, (start, end) in enumerate(itertools.pairwise(starts)):
             length = int(self._inputs.context_lens[row])
             blocks = self._inputs.block_tables[one.cache.group, row].long()
-            sides = (side[blocks].transpose(1, 2) for side in one.cache.tensor)
+            sides = (side.transpose(1, 2) for side in wide(one.cache.tensor, blocks))
             shape = -1, params.num_kv_heads, params.head_dim
-            k, v = (side.reshape(shape)[:length].double() for side in sides)
+            k, v = (side.reshape(shape)[:length] for side in sides)
             for token in range(start, end):
                 position = length - (end - token)
                 first = 0 if params.window is None else max(0, position - params.window + 1)

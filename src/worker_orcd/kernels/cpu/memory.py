@@ -1,10 +1,13 @@
-"""How much memory this process may still take: the machine's, and its control group's (a container)."""
+"""What this process may keep in memory: how much (the machine's, a control group's), and which KV cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import psutil
+
+from worker_orcd.config import KVCacheDtype
+from worker_orcd.errors import InvalidConfiguration
 
 _ROOT = Path("/")
 
@@ -20,6 +23,14 @@ def available_memory(root: Path = _ROOT) -> int:
 def unused_memory(root: Path = _ROOT) -> int:
     """Bytes. As `available_memory`, but without what the page cache would have to give back."""
     return max(0, min([psutil.virtual_memory().free, *_group_headrooms(root, files=False)]))
+
+
+def check_cache(kv_cache_dtype: KVCacheDtype) -> None:
+    """Raises InvalidConfiguration for what only a GPU has."""
+    if kv_cache_dtype == "fp8":
+        raise InvalidConfiguration(
+            "kv_cache_dtype is fp8; on the CPU keys and values are float16 or float32, fp8 needs a GPU"
+        )
 
 
 def _group_headrooms(root: Path, *, files: bool = True) -> list[int]:

@@ -38,7 +38,7 @@ from worker_orcd.kernels.backend import (
 )
 from worker_orcd.kernels.cpu.cores import check_threads
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
-from worker_orcd.kernels.cpu.memory import available_memory, unused_memory
+from worker_orcd.kernels.cpu.memory import available_memory, check_cache, unused_memory
 
 TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
 
@@ -77,7 +77,11 @@ class ReferenceBackend:
     name = "cpu-reference"
 
     def __init__(self, kv_cache_dtype: KVCacheDtype = "auto", num_threads: int | None = None) -> None:
-        """`num_threads` becomes torch's, for the whole process; None leaves that alone."""
+        """`num_threads` becomes torch's, for the whole process; None leaves that alone.
+
+        Raises InvalidConfiguration for an fp8 KV cache.
+        """
+        check_cache(kv_cache_dtype)
         if num_threads is not None:
             torch.set_num_threads(check_threads(num_threads))
         self._cache_dtype = torch.float16 if kv_cache_dtype == "float16" else torch.float32

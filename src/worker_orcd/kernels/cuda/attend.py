@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
+from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE, NATIVE_FP8
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 
 FEW_TOKENS = 256  # up to here a program has 64 rows (a query's heads are rows), beyond 128
@@ -24,7 +25,9 @@ SPLITTING = 4.0  # and in whose time the parts of a row come together
 _CHUNK = 128  # units that `plan` writes at a time
 _RECORD = 16  # integers of a unit
 _WIDEST = 128  # columns of the values that a program has
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", FP8: "*u8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,9 @@ class Tile:
     programs: int  # on a multiprocessor
 
 
-def choose_tile(head_dim: int, tokens: int, capability: int = 90) -> Tile:
+def choose_tile(
+    head_dim: int, tokens: int, capability: int = 90, cache: torch.dtype = torch.float16
+) -> Tile:
     """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0)."""
     if capability < 90:
         warps = 4 if head_dim < _WIDEST else 8  # whose registers hold what wide heads need
@@ -118,12 +123,15 @@ class Attention:
         kernels: Kernels,
         limits: Limits,
         *,
-        choose: Callable[[int, int, int], Tile] = choose_tile,
+        cache: torch.dtype = torch.float16,
+        choose: Callable[[int, int, int, torch.dtype], Tile] = choose_tile,
         start: float = START,
         splitting: float = SPLITTING,
     ) -> None:
-        """`start`, `splitting`: as the constants. They and `choose` change no bits."""
-        self._kernels, self._limits = kernels, limits
+        """`cache`: what keys and values are. `start`, `splitting`: as the constants. They and `choose` change
+        no bits.
+        """
+        self._kernels, self._limits, self._cache = kernels, limits, cache
         self._choose, self._start, self._splitting = choose, start, splitting
         device = kernels.device
         self._kinds: set[AttentionParams] = set()
@@ -156,7 +164,7 @@ class Attention:
                 self._work[plan] = torch.zeros((1 + units) * _RECORD, dtype=torch.int32, device=device)
 
     def _cut(self, params: AttentionParams, tokens: int) -> tuple[Cut, Tile]:
-        tile = self._choose(params.head_dim, tokens, self._kernels.capability)
+        tile = self._choose(params.head_dim, tokens, self._kernels.capability, self._cache)
         return Cut(params, tile.rows), tile
 
     def _plan_of(self, cut: Cut, tile: Tile) -> _Plan:
@@ -200,26 +208,30 @@ class Attention:
     ) -> torch.Tensor:
         """Each query over what its row's cache holds up to it. `plans` has run, on the same step.
 
-        q (tokens, num_heads * head_dim) of the cache's type; out likewise, float32, float16 or bfloat16,
-        contiguous; sinks (num_heads,) float32. What is no query of a row is not written.
+        q (tokens, num_heads * head_dim) of the cache's type, float16 where that is fp8; out likewise,
+        float32, float16 or bfloat16, contiguous; sinks (num_heads,) float32. What is no query of a row is
+        not written.
         """
         cut, tile = self._cut(params, len(q))
         keys_values, table = cache.tensor, inputs.block_tables[cache.group]
-        if not out.is_contiguous() or q.dtype != keys_values.dtype:
-            raise ValueError(f"queries of {q.dtype} and keys of {keys_values.dtype}, or rows with gaps")
+        fp8 = keys_values.dtype == FP8
+        if q.dtype != (torch.float16 if fp8 else self._cache) or keys_values.dtype != self._cache:
+            raise ValueError(f"queries of {q.dtype} and keys of {keys_values.dtype}, not {self._cache}")
+        if not out.is_contiguous():
+            raise ValueError("rows of results with gaps")
         if not params.scale > 0:
             raise ValueError(f"scores are multiplied by {params.scale}; it must be positive")
         plan = self._plan_of(cut, tile)
         overlap = self._kernels.overlap_mode(len(q))
         self._kernels.launch(
             attend_kernel(
-                cut, tile, keys_values.shape[3], q.dtype, out.dtype, sinks is not None,
-                overlap,
-                self._kernels.overlap.ahead if overlap else 0,
+                cut, tile, keys_values.shape[3], (q.dtype, keys_values.dtype, out.dtype),
+                sinks=sinks is not None, native=self._kernels.capability >= NATIVE_FP8,
+                overlap=overlap, ahead=self._kernels.overlap.ahead if overlap else 0,
             ),
             (plan.programs, 1, 1), q, keys_values, table, self._work[plan], out if sinks is None else sinks,
-            out, self._parts, self._sums, self._counters, float(params.scale), keys_values.stride(0),
-            keys_values.stride(1), q.stride(0), table.stride(0),
+            out, self._parts, self._sums, self._counters, params.scale / (KEY_SCALE if fp8 else 1.0),
+            keys_values.stride(0), keys_values.stride(1), q.stride(0), table.stride(0),
         )  # fmt: skip
         return out
 
@@ -228,17 +240,21 @@ def attend_kernel(
     cut: Cut,
     tile: Tile,
     block_size: int,
-    dtype: torch.dtype,
-    out: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    *,
     sinks: bool,
+    native: bool,
     overlap: int = 0,
     ahead: int = 0,
 ) -> Kernel:
-    """The kernel of one kind of layer."""
+    """The kernel of one kind of layer. `dtypes`: of queries, of the cache, of results.
+
+    `native`: the GPU has instructions for fp8.
+    """
     params = cut.params
-    kind = _TYPES[dtype]
+    q, cache, out = (_TYPES[dtype] for dtype in dtypes)
     arguments = {
-        "q": kind, "cache": kind, "table": "*i32", "work": "*i32", "sinks": "*fp32", "out": _TYPES[out],
+        "q": q, "cache": cache, "table": "*i32", "work": "*i32", "sinks": "*fp32", "out": out,
         "parts": "*fp32", "sums": "*fp32", "counters": "*i32", "scale": "fp32", "values": "i64",
         "block_stride": "i64", "q_stride": "i32", "table_stride": "i32",
     }  # fmt: skip
@@ -247,6 +263,7 @@ def attend_kernel(
         "HEADS": params.num_heads, "KV_HEADS": params.num_kv_heads, "HEAD_TILES": cut.head_tiles, "D0": d0,
         "D1": d1, "V0": v0, "V1": v1, "VALUE_PARTS": cut.value_parts, "ROWS": cut.rows,
         "BLOCK_SIZE": block_size, "WINDOW": params.window or 0, "SINKS": sinks,
+        "NATIVE": native,
         "MERGED": min(16, 1 << (cut.heads - 1).bit_length()),  # rows whose parts are merged at a time
         "AT_ONCE": 8 if sum(cut.values) < _WIDEST else 4,  # splits that are on their way then
         "OVERLAP": overlap,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker_orcd.kernels.cuda.fp8 import decoded
 from worker_orcd.kernels.cuda.overlap import ask_lines, wait
 
 KEYS = tl.constexpr(64)  # of a tile
@@ -237,9 +238,10 @@ def ask_tile(keys, values, table, tile, end, block_stride, D: tl.constexpr, V: t
     there = entry * 0 + tile < end
     block = tl.load(table + entry, mask=there, other=0, cache_modifier=".cg")
     at = block.to(tl.int64) * block_stride + place * D
-    for column in tl.static_range(0, D, 64):
+    LINE: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
+    for column in tl.static_range(0, D, LINE):
         ask_lines(keys + at + column, there)
-    for column in tl.static_range(0, V, 64):
+    for column in tl.static_range(0, V, LINE):
         ask_lines(values + at + column, there)
 
 
@@ -251,13 +253,13 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 q_stride, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
                 D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
                 VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-                SINKS: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
+                SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
                 OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """One unit, for the heads of `lane`. What it is does not wait for the kernel before."""
     D: tl.constexpr = D0 + D1
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
     LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
-    dtype: tl.constexpr = cache.dtype.element_ty
+    dtype: tl.constexpr = q.dtype.element_ty
     token = tl.load(record, cache_modifier=".cg")
     tokens = tl.load(record + 1, cache_modifier=".cg")
     position = tl.load(record + 2, cache_modifier=".cg")
@@ -339,10 +341,10 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
             at = (block.to(tl.int64) * block_stride + place * D)[:, None]
             entry, _ = paged(tile + 1, BLOCK_SIZE)
             block = tl.load(table + entry, mask=key + KEYS < end, other=0)
-            k0 = tl.load(kp + at + d0[None, :], mask=there, other=0.0)
+            k0 = decoded(tl.load(kp + at + d0[None, :], mask=there, other=0.0), dtype, NATIVE)
             s = tl.dot(q0, tl.trans(k0))
             if D1 > 0:
-                k1 = tl.load(kp + at + D0 + d1[None, :], mask=there, other=0.0)
+                k1 = decoded(tl.load(kp + at + D0 + d1[None, :], mask=there, other=0.0), dtype, NATIVE)
                 s = tl.dot(q1, tl.trans(k1), s)
             hidden = tile * KEYS + (KEYS - 1) > position
             if WINDOW > 0:
@@ -356,10 +358,10 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
             old = tl.exp2(top - higher)[:, None]
             p = tl.exp2(tl.fma(s, factor, -higher[:, None])).to(dtype)
             some = tl.dot(p, ones, some * old)
-            w0 = tl.load(vp + at + v0[None, :], mask=there, other=0.0)
+            w0 = decoded(tl.load(vp + at + v0[None, :], mask=there, other=0.0), dtype, NATIVE)
             acc0 = tl.dot(p, w0, acc0 * old)
             if V1 > 0:
-                w1 = tl.load(vp + at + V0 + v1[None, :], mask=there, other=0.0)
+                w1 = decoded(tl.load(vp + at + V0 + v1[None, :], mask=there, other=0.0), dtype, NATIVE)
                 acc1 = tl.dot(p, w1, acc1 * old)
             else:
                 acc1 = acc0
@@ -392,9 +394,11 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
            table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
            D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_PARTS: tl.constexpr,
            ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-           MERGED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0,
+           NATIVE: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0,
            AHEAD: tl.constexpr = 0):  # fmt: skip
     """Any number of programs. The queries have D0 + D1 columns, a program gives V0 + V1 of the values'.
+
+    A cache of bytes holds e4m3 numbers (`fp8.decoded`); `scale` makes up for what keys were multiplied by.
 
     They take turns forth and back, so that the first, longest, units do not all fall to the same ones.
     """
@@ -411,6 +415,6 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
             record = work + RECORD + item // LANES * RECORD
             attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
                         values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D0, D1,
-                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, MERGED, AT_ONCE, OVERLAP,
-                        AHEAD)  # fmt: skip
+                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, NATIVE, MERGED, AT_ONCE,
+                        OVERLAP, AHEAD)  # fmt: skip
     wait(OVERLAP)  # a kernel that had nothing to do must not end before those before it

@@ -29,6 +29,7 @@ from worker_orcd.kernels.backend import (
     Matrix,
     RopeParams,
 )
+from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels
 from worker_orcd.kernels.cuda.draw_slab import MAX_VOCAB
 from worker_orcd.kernels.cuda.executor import Executor, Launcher
@@ -98,17 +99,21 @@ class CudaBackend:
         make_launcher: MakeLauncher = KernelLauncher,
         *,
         graphs: bool = True,
+        fp8_cache: bool = False,
         on_compile: OnCompile = _nobody_watches,
     ) -> None:
-        """`on_compile(done, all)` is told of kernels that `compile` finds in no cache."""
+        """`on_compile(done, all)` is told of kernels that `compile` finds in no cache. `fp8_cache`: keys and
+        values are float8, see `cache_type`; else float16.
+        """
         self._on_compile = on_compile
         self._kernels, self._make_launcher = kernels, make_launcher
         self._device = kernels.device
         self._graphs = graphs
+        self._cache_dtype = FP8 if fp8_cache else ATTENTION_DTYPE
         self._uploader = Uploader(self._device)
         self._program: Program | None = None  # being traced
         self._staging: Staging | None = None
-        self.description = _description(kernels)
+        self.description = _description(kernels, fp8_cache)
 
     # -- memory ------------------------------------------------------------------------------------------
 
@@ -167,7 +172,7 @@ class CudaBackend:
         """(2, num_blocks, num_kv_heads, block_size, head_dim), keys first. Raises InsufficientMemory."""
         shape = 2, num_blocks, num_kv_heads, block_size, head_dim
         try:
-            return LayerCache(torch.zeros(shape, dtype=ATTENTION_DTYPE, device=self._device))
+            return LayerCache(torch.zeros(shape, dtype=self._cache_dtype, device=self._device))
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{num_blocks} KV blocks do not fit into the GPU's memory") from error
 
@@ -176,7 +181,7 @@ class CudaBackend:
             raise InvalidConfiguration(
                 f"block_size is {block_size}; the CUDA backend needs a multiple of {_BLOCK_MULTIPLE}"
             )
-        return 2 * block_size * num_kv_heads * head_dim * ATTENTION_DTYPE.itemsize
+        return 2 * block_size * num_kv_heads * head_dim * self._cache_dtype.itemsize
 
     # -- operations --------------------------------------------------------------------------------------
 
@@ -363,7 +368,9 @@ def open_cuda(config: DeviceConfig, on_compile: OnCompile) -> CudaBackend:
     if missing is not None:
         raise InvalidConfiguration(f"device is cuda; {missing}")
     if config.kv_cache_dtype == "float32":
-        raise InvalidConfiguration("kv_cache_dtype is float32; the CUDA backend keeps K and V as float16")
+        raise InvalidConfiguration(
+            "kv_cache_dtype is float32; the CUDA backend keeps K and V as float16 or fp8"
+        )
     count = torch.cuda.device_count()
     if not 0 <= config.gpu_index < count:
         raise InvalidConfiguration(f"gpu_index is {config.gpu_index}; there are {count} GPUs, counted from 0")
@@ -375,14 +382,16 @@ def open_cuda(config: DeviceConfig, on_compile: OnCompile) -> CudaBackend:
         raise InvalidConfiguration(
             f"the GPU has compute capability {major}.{minor}; 8.0 is the oldest that works"
         )
-    return CudaBackend(Kernels(device, capability, overlap=FULL_OVERLAP), on_compile=on_compile)
+    fp8 = config.kv_cache_dtype == "fp8"
+    kernels = Kernels(device, capability, overlap=FULL_OVERLAP)
+    return CudaBackend(kernels, fp8_cache=fp8, on_compile=on_compile)
 
 
-def _description(kernels: Kernels) -> str:
+def _description(kernels: Kernels, fp8_cache: bool) -> str:
     capability = f"compute capability {kernels.capability // 10}.{kernels.capability % 10}"
-    if kernels.device.type != "cuda":
-        return f"no device, {capability}"
-    return f"{torch.cuda.get_device_name(kernels.device)}, {capability}, float16 KV cache"
+    on_cuda = kernels.device.type == "cuda"
+    device = torch.cuda.get_device_name(kernels.device) if on_cuda else "no device"
+    return f"{device}, {capability}, {'fp8' if fp8_cache else 'float16'} KV cache"
 
 
 def _check_width(value: Value, width: int, operation: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from worker_orcd.kernels.backend import AttentionParams, Glu
+from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernels
 from worker_orcd.kernels.cuda.variants import (
     MAX_SPLIT_TOKENS,
@@ -41,6 +42,7 @@ class HeadsTo:
             num_kv_heads=params.num_kv_heads,
             cache_block=self.cache.shape[3],
             rotated=self.table is not None,
+            fp8=self.cache.dtype == FP8,
         )
 
     @property

@@ -52,7 +52,9 @@ class KernelLauncher:
         """`drawn`: the tokens that the step before drew, for negative ids (`runner.batch`)."""
         self._inputs, self._drawn = inputs, drawn
         self._operations, self._products = Operations(kernels), Products(kernels)
-        self._attention, self._experts = Attention(kernels, limits), ExpertProducts(kernels)
+        caches = {one.cache.tensor.dtype for one in operations if isinstance(one, Attend)}
+        (cache,) = caches or {torch.float16}
+        self._attention, self._experts = Attention(kernels, limits, cache=cache), ExpertProducts(kernels)
         self._orders: dict[tuple[Bucket, Buffer], Order | None] = {}  # of each routing, as it was sorted last
         self._tables: dict[RopeParams, torch.Tensor] = {}
         positions = limits.max_blocks_per_row * limits.block_size

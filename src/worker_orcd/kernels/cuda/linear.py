@@ -18,9 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker_orcd.kernels.cuda.cache_type import KEY_SCALE
 from worker_orcd.kernels.cuda.elementwise import applied, rounded
 from worker_orcd.kernels.cuda.formats import load_weights, load_x, multiply
+from worker_orcd.kernels.cuda.fp8 import stored
 from worker_orcd.kernels.cuda.overlap import ask, release, wait
+
+_KEYS = tl.constexpr(KEY_SCALE)
 
 
 @triton.jit
@@ -207,8 +211,9 @@ def store_heads(low, high, q, n, tokens, stride, cache, positions, slots, table,
     inside = kv_head * (CACHE_BLOCK * HEAD) + column + tl.where(is_v, values, 0)
     to = cache + place[None, :] + inside[:, None]
     is_kv = live & (head >= HEADS)[:, None]
-    tl.store(to, rounded(low, cache), mask=is_kv)
-    tl.store(to + HALF, rounded(high, cache), mask=is_kv)
+    scale = tl.where(is_v, 1.0, _KEYS)[:, None]
+    tl.store(to, stored(low, cache, scale), mask=is_kv)
+    tl.store(to + HALF, stored(high, cache, scale), mask=is_kv)
 
 
 @triton.jit

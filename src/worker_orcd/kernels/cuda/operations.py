@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from worker_orcd.kernels.backend import AttentionParams, Glu, RopeParams
+from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
 from worker_orcd.kernels.cuda.weights import PackedMatrix
 
@@ -30,7 +31,7 @@ _MODULES = {
 }  # fmt: skip
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-    torch.uint16: "*u16", torch.uint32: "*u32",
+    torch.uint16: "*u16", torch.uint32: "*u32", FP8: "*u8",
 }  # fmt: skip
 _BLOCK = 1024  # columns that a program of single elements has
 _EMBEDDED = 512  # columns that a program of `embed` has
@@ -192,7 +193,7 @@ class Operations:
         qkv is (tokens, (num_heads + 2 * num_kv_heads) * head_dim) float32, positions and slots (tokens,)
         int32, cache (2, num_blocks, num_kv_heads, block_size, head_dim), contiguous. `gains`: RMSNorm's of
         a head of queries and of keys, (head_dim,) float32 or None, and its eps. `rope`: from `rope_table`.
-        Rounded once, at the end.
+        Rounded once, at the end; for a float8 cache scaled before, see `cache_type`.
         """
         dim, q_gain, k_gain, eps = params.head_dim, *gains
         rotary = 0 if rope is None else 2 * rope.shape[2]

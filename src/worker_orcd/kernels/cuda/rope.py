@@ -2,7 +2,8 @@
 From the product of queries, keys and values to where attention reads them: norms, rotation, rounding.
 
 Device code (Triton). Programs: (blocks of HEADS heads, tokens); the blocks of queries come first, then those
-of keys, then those of values. A head is normalised and rotated in float32 and rounded once.
+of keys, then those of values. A head is normalised and rotated in float32 and rounded once: to what is
+pointed to, bytes being e4m3 numbers scaled as `cache_type` says.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from worker_orcd.kernels.cuda.elementwise import rounded
+from worker_orcd.kernels.cuda.cache_type import KEY_SCALE
+from worker_orcd.kernels.cuda.fp8 import stored
 from worker_orcd.kernels.cuda.overlap import wait
+
+_KEYS = tl.constexpr(KEY_SCALE)
 
 
 @triton.jit
 def move_heads(source, target, target_stride, gain, table, eps, head, heads, DIM: tl.constexpr,
                ROTARY: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-               OVERLAP: tl.constexpr):  # fmt: skip
+               SCALE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Heads `head` (those below `heads`) of a token's row at `source`, to `target` + head * target_stride.
 
     HALF and REST: powers of two from ROTARY / 2 and from DIM - ROTARY, 0 where there is nothing. All loads
@@ -58,11 +62,11 @@ def move_heads(source, target, target_stride, gain, table, eps, head, heads, DIM
         if REST:
             rest = rest * factor * rest_gain
     if HALF:
-        tl.store(target + column[None, :], rounded(low * cos - high * sin, target), mask=mask)
+        tl.store(target + column[None, :], stored(low * cos - high * sin, target, SCALE), mask=mask)
         at = (ROTARY // 2 + column)[None, :]
-        tl.store(target + at, rounded(high * cos + low * sin, target), mask=mask)
+        tl.store(target + at, stored(high * cos + low * sin, target, SCALE), mask=mask)
     if REST:
-        tl.store(target + after[None, :], rounded(rest, target), mask=mask_rest)
+        tl.store(target + after[None, :], stored(rest, target, SCALE), mask=mask_rest)
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def rope_store(qkv, positions, slots, q_gain, k_gain, table, cache, q_out, eps, 
     if block < Q_BLOCKS:
         head = block * HEADS + tl.arange(0, HEADS)
         move_heads(row, q_out + token * q_stride, DIM, q_gain, angles, eps, head, Q_HEADS, DIM, ROTARY,
-                   Q_NORM, HALF, REST, OVERLAP)  # fmt: skip
+                   Q_NORM, HALF, REST, 1.0, OVERLAP)  # fmt: skip
     else:
         slot = tl.load(slots + token, cache_modifier=".cg")
         place = (slot // CACHE_BLOCK).to(tl.int64) * (KV_HEADS * CACHE_BLOCK * DIM)
@@ -94,7 +98,7 @@ def rope_store(qkv, positions, slots, q_gain, k_gain, table, cache, q_out, eps, 
         if block < Q_BLOCKS + KV_BLOCKS:
             head = (block - Q_BLOCKS) * HEADS + tl.arange(0, HEADS)
             move_heads(row + Q_HEADS * DIM, to, CACHE_BLOCK * DIM, k_gain, angles, eps, head, KV_HEADS, DIM,
-                       ROTARY, K_NORM, HALF, REST, OVERLAP)  # fmt: skip
+                       ROTARY, K_NORM, HALF, REST, _KEYS, OVERLAP)  # fmt: skip
         else:
             head = (block - Q_BLOCKS - KV_BLOCKS) * HEADS + tl.arange(0, HEADS)
             column = tl.arange(0, WIDE)
@@ -103,4 +107,4 @@ def rope_store(qkv, positions, slots, q_gain, k_gain, table, cache, q_out, eps, 
             wait(OVERLAP)
             value = tl.load(start + head[:, None] * DIM + column[None, :], mask=mask)
             at = to + values + head[:, None] * (CACHE_BLOCK * DIM) + column[None, :]
-            tl.store(at, rounded(value, cache), mask=mask)
+            tl.store(at, stored(value, cache, 1.0), mask=mask)

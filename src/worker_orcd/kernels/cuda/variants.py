@@ -93,6 +93,7 @@ class Store:
     num_kv_heads: int
     cache_block: int  # tokens
     rotated: bool
+    fp8: bool = False  # the cache's numbers, else float16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,8 @@ class Variant:
             "residual": "*fp32", "n": "i32", "tokens": "i32", "stride": "i32", "cache": "*fp16",
             "positions": "*i32", "slots": "*i32", "table": "*fp32", "values": "i64",
         }  # fmt: skip
+        if self.epilogue.store is not None and self.epilogue.store.fp8:
+            arguments["cache"] = "*u8"
         aligned = ("n",) if self.odd_stride else ("n", "stride")
         return Kernel(
             module="linear",
