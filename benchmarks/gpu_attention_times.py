@@ -20,6 +20,8 @@ from worker_orcd.kernels.cuda.cache_type import FP8
 BLOCK_SIZE = 16
 MOST_LAYERS = 24  # caches that a graph goes through
 DECODED = ((1, 512), (64, 512), (64, 1024), (16, 4096), (1, 65536))  # rows, tokens in the cache of each
+TILED = ((64, 512), (16, 4096))
+TILES = ((4, 2, 2), (4, 2, 3), (4, 3, 2), (4, 3, 3), (4, 4, 2), (8, 2, 1), (8, 2, 2), (8, 3, 1), (8, 3, 2))
 PROMPTS = (512, 4096)
 KV = {"float16": torch.float16, "fp8": FP8}  # types of keys and values
 Make = Callable[[Limits], Attention]
@@ -143,33 +145,32 @@ def tune(session: Session) -> None:
     ways = {
         f"start {start:g} splitting {split:g}": {"start": start, "splitting": split} for start, split in costs
     }
-    compare(session, "tune", MODELS, lambda _: ways)
+    compare(session, "tune", ways, MODELS, steps=DECODED)
 
 
 def tune_tiles(session: Session) -> None:
-    """Times of single queries by tile; those that do not fit are left out."""
-
-    def ways(model: Model) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {"as shipped": {}}
-        for warps, stages, programs in product((4, 8), (2, 3, 4), (1, 2, 3)):
-            tile = Tile(rows=64, warps=warps, stages=stages, programs=programs)
-            found[f"{warps}w {stages}s {programs}p"] = {"choose": lambda *_, tile=tile: tile}
-        return found
-
-    compare(session, "tiles", [model for model in MODELS if model.params.window is None], ways)
+    """Times of single queries by tile: warps, stages, programs on a multiprocessor."""
+    ways: dict[str, dict[str, Any]] = {"as shipped": {}}
+    for warps, stages, programs in TILES:
+        tile = Tile(rows=64, warps=warps, stages=stages, programs=programs)
+        ways[f"{warps}w {stages}s {programs}p"] = {"choose": lambda *_, tile=tile: tile}
+    models = [model for model in MODELS if model.params.window is None]
+    compare(session, "tiles", ways, models, steps=TILED)
 
 
 def compare(
     session: Session,
     part: str,
+    ways: Mapping[str, Mapping[str, Any]],
     models: Sequence[Model],
-    ways: Callable[[Model], Mapping[str, Mapping[str, Any]]],
+    *,
+    steps: Sequence[tuple[int, int]],
 ) -> None:
     """Times of steps of single queries, by how attention is made."""
     found: dict[str, dict[str, float]] = {}
-    for kv, model, (rows, context) in product(session.args.kv, models, DECODED):
+    for kv, model, (rows, context) in product(session.args.kv, models, steps):
         by: dict[str, float] = {}
-        for way, options in ways(model).items():
+        for way, options in ways.items():
             make = partial(_attention, session, KV[kv], options)
             by[way] = times(session, model, (rows, 1, context), kv, make)[0]
         found[f"{model.name} {kv} {rows} {context}"] = by

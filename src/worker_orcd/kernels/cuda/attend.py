@@ -47,6 +47,8 @@ def choose_tile(
     if capability < 90:
         warps = 4 if head_dim < _WIDEST else 8  # whose registers hold what wide heads need
         return Tile(rows=64, warps=warps, stages=3 if head_dim <= 64 else 2, programs=8 // warps)
+    if head_dim > _WIDEST and cache == FP8:  # which more rows would have no registers for
+        return Tile(rows=64, warps=8, stages=2, programs=1)
     if head_dim > _WIDEST or tokens > FEW_TOKENS:
         return Tile(rows=128, warps=8, stages=3 if head_dim <= 64 else 2, programs=1)
     return Tile(rows=64, warps=4, stages=3 if head_dim <= 64 else 2, programs=2)
