@@ -10,6 +10,7 @@ import torch
 
 from gpu_weights import packed_tiles
 from worker_orcd.kernels.backend import AttentionParams, Glu, RopeParams
+from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.operations import Operations, rope_table
 from worker_orcd.kernels.cuda.variants import shape_of
 from worker_orcd.kernels.cuda.weights import PackedMatrix, upload
@@ -55,6 +56,7 @@ def rowwise(device: torch.device) -> Iterator[Rows]:
         yield from norm_rows(random, width, runs)
     yield from rope_rows(random, (32, 8, 128), True)
     yield from rope_rows(random, (32, 32, 96), False)
+    yield from rope_rows(random, (32, 32, 96), False, FP8)
     both = random(POOL, 2 * 2880)
     for kind in Glu:
         yield Rows(name=kind.value, run=glu_rows(kind, both))
@@ -103,8 +105,25 @@ def norm_rows(random: Callable[..., torch.Tensor], width: int, runs: int) -> Ite
     yield Rows(name=f"norms {width}", run=run)
 
 
+def nowhere(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A cache that nothing was written to, full of NaN."""
+    if dtype == FP8:
+        return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(FP8)
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def stored_at(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """(2, tokens, num_kv_heads * head_dim)"""
+    bytes_or_numbers = cache.view(torch.uint8) if cache.dtype == FP8 else cache
+    found = bytes_or_numbers.transpose(2, 3).flatten(1, 2)[:, slots.long()].flatten(2)
+    return found.view(cache.dtype)
+
+
 def rope_rows(
-    random: Callable[..., torch.Tensor], sizes: tuple[int, int, int], normed: bool
+    random: Callable[..., torch.Tensor],
+    sizes: tuple[int, int, int],
+    normed: bool,
+    dtype: torch.dtype = torch.float16,
 ) -> Iterator[Rows]:
     heads, kv_heads, dim = sizes
     qkv, gain = random(POOL, (heads + 2 * kv_heads) * dim), random(dim)
@@ -114,15 +133,14 @@ def rope_rows(
 
     def run(ops: Operations, indices: torch.Tensor) -> list[torch.Tensor]:
         tokens = len(indices)
-        cache = torch.zeros(2, tokens // 16 + 2, kv_heads, 16, dim, dtype=torch.float16, device=qkv.device)
+        cache = nowhere((2, tokens // 16 + 2, kv_heads, 16, dim), dtype, qkv.device)
         q_out = torch.empty(tokens, heads * dim, dtype=torch.float16, device=qkv.device)
         slots = torch.arange(tokens, dtype=torch.int32, device=qkv.device) + 16
         given, at = qkv[indices], positions[indices]
         ops.rope_store(given, at, slots, params, cache, q_out, gains=gains, rope=table)
-        stored = cache.transpose(2, 3).flatten(1, 2)[:, slots.long()].flatten(2)
-        return [q_out, stored[0], stored[1]]
+        return [q_out, *stored_at(cache, slots)]
 
-    yield Rows(name=f"rope_store {dim}", run=run)
+    yield Rows(name=f"rope_store {dim}{', fp8' if dtype == FP8 else ''}", run=run)
 
 
 def glu_rows(kind: Glu, both: torch.Tensor) -> Run:

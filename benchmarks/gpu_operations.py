@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 
-from gpu_operation_cases import Case, rowwise, timed_cases
+from gpu_operation_cases import Case, nowhere, rowwise, stored_at, timed_cases
 from gpu_timing import LARGER_THAN_L2, copy_bandwidth, graph_microseconds, stamp
 from gpu_weights import random_rows
 from worker_orcd.kernels.backend import AttentionParams, Glu, Matrix, RopeParams
+from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels, compile_kernel
 from worker_orcd.kernels.cuda.operations import Operations, rope_table
 from worker_orcd.kernels.cuda.weights import pack, upload
@@ -40,6 +41,7 @@ from worker_orcd.quant import BY_NAME
 
 ALLOWED = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of the largest value
 OUT = tuple(ALLOWED)
+ALLOWED |= {FP8: 0.04}  # half of what is between its largest numbers
 WIDTHS = (1, 50, 64, 80, 96, 128, 256, 576, 896, 2048, 2880, 3072, 4096, 5120, 8192, 11008, 16384)
 BATCHES = (2, 7, 64, 333, 1024)
 TOKENS = (1, 16, 256, 4096)
@@ -139,7 +141,7 @@ def _compile(kernel: Kernel, capability: int) -> None:
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    integer = {4: torch.int32, 2: torch.int16}[x.element_size()]
+    integer = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[x.element_size()]
     return x.contiguous().view(integer)
 
 
@@ -201,6 +203,8 @@ ROPE_CASES: tuple[tuple[int, int, int, int, tuple[bool, bool], torch.dtype, int]
     (32, 32, 80, 32, (False, False), torch.bfloat16, 16),
     (12, 12, 64, 0, (True, False), torch.float32, 16),
     (3, 1, 10, 4, (True, True), torch.float16, 16),
+    (32, 32, 96, 96, (False, False), FP8, 16),
+    (24, 8, 128, 96, (False, True), FP8, 32),
 )
 
 
@@ -213,7 +217,7 @@ def check_rope(session: Session) -> None:
         rng = torch.Generator().manual_seed(dim)
         positions = torch.randint(0, most, (tokens,), generator=rng, dtype=torch.int32).to(session.device)
         slots = torch.randperm(8 * block_size, generator=rng)[:tokens].int().to(session.device)
-        cache = torch.full((2, 9, kv_heads, block_size, dim), torch.nan, dtype=dtype, device=session.device)
+        cache = nowhere((2, 9, kv_heads, block_size, dim), dtype, session.device)
         q_out, table = session.blank(tokens, heads * dim, dtype=torch.float16), None
         inv_freq = tuple(10000.0 ** -(2 * i / max(1, rotary)) for i in range(rotary // 2))
         if rotary:
@@ -228,10 +232,12 @@ def check_rope(session: Session) -> None:
         )
         q, k = (turned(x, gain, positions, inv_freq) for x, gain in ((q, gains[0]), (k, gains[1])))
         session.check(f"{what}: queries", q_out, q.flatten(1))
-        stored = cache.transpose(2, 3).flatten(1, 2)[:, slots.long()]  # (2, tokens, heads, dim)
-        session.check(f"{what}: keys", stored[0].flatten(1), k.flatten(1))
-        session.check(f"{what}: values", stored[1].flatten(1), v.flatten(1))
-        if not session.recording and int(cache.isnan().sum()) != cache.numel() - stored.numel():
+        stored = stored_at(cache, slots)  # (2, tokens, columns)
+        k = k * KEY_SCALE if dtype == FP8 else k
+        session.check(f"{what}: keys", stored[0], k.flatten(1))
+        session.check(f"{what}: values", stored[1], v.flatten(1))
+        untouched = (bits(cache) == bits(nowhere((1,), dtype, session.device))).sum()
+        if not session.recording and int(untouched) != cache.numel() - stored.numel():
             session.failures += 1
             session.say(f"WRONG {what}: wrote elsewhere in the cache")
 

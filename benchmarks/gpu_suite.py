@@ -58,6 +58,7 @@ PARTS = {
         Part("experts", "gpu_experts.py", ("--only", "correct", "same")),
         Part("sampling", "gpu_sampling.py", ("--only", "correct", "same")),
         Part("tiny", "gpu_model.py", ("--only", "tiny")),
+        Part("tiny fp8", "gpu_model.py", ("--only", "tiny", "--kv", "fp8")),
         Part("model", "gpu_model.py", ("--only", "same"), files=True),
         Part("engine", "gpu_engine.py", ("--only", "same", "memory"), files=True, any_device=True),
     ),
