@@ -84,7 +84,7 @@ def test_keys_and_values_can_be_fp8(name: str, tmp_path: Path) -> None:
     exact = score(load_runner(path, ReferenceBackend(), ENGINE), PROMPT)
     rounded = score(load_runner(path, RoundedReference(), ENGINE), PROMPT)
     near, far = (np.abs(found - one).max() / np.ptp(exact) for one in (rounded, exact))
-    assert far > 3e-2  # nobody kept them as float16
+    assert far > 1e-2  # float16 would be nearer: see the test above
     assert near < far / 2 and near < 0.1  # a rounded key may become another one for a trifle
 
 
