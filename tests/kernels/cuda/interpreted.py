@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import torch
 
+from gpu_attention_steps import to_fp8
 from gpu_weights import random_rows
 from worker_orcd.kernels.backend import Glu, Matrix
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
@@ -85,7 +86,9 @@ def more_cases() -> list[dict[str, object]]:
     ]
 
 
-def heads_case(name: str, tile: Tile, chunks: int, *, rotated: bool, bias: bool) -> dict[str, object]:
+def heads_case(
+    name: str, tile: Tile, chunks: int, *, rotated: bool, bias: bool, fp8: bool = False
+) -> dict[str, object]:
     """q, k and v at the end of their product, and of the product alone, turned and stored here."""
     fmt, n, k, tokens, block = BY_NAME[name], 5 * 32, 256, 19, 16
     matrix = Matrix(name, fmt, n, k, random_rows(fmt, n, k, 5))
@@ -98,8 +101,8 @@ def heads_case(name: str, tile: Tile, chunks: int, *, rotated: bool, bias: bool)
     positions = torch.randint(0, 40, (tokens,), generator=generator).int()
     slots = torch.randperm(3 * block, generator=generator)[:tokens].int()
     table = torch.randn(40, 2, 16, generator=generator)
-    store = Store(num_heads=3, num_kv_heads=1, cache_block=block, rotated=rotated)
-    cache = torch.zeros(2, 3, 1, block, 32, dtype=torch.float16)
+    store = Store(num_heads=3, num_kv_heads=1, cache_block=block, rotated=rotated, fp8=fp8)
+    cache = torch.zeros(2, 3, 1, block, 32, dtype=torch.uint8 if fp8 else torch.float16)
     partials, counters = torch.full((chunks * tokens * n,), torch.nan), torch.zeros(64, dtype=torch.int32)
     grid = -(-n // tile.rows), -(-tokens // tile.tokens), chunks if tile.split else 1
     outputs = []
@@ -121,7 +124,9 @@ def heads_case(name: str, tile: Tile, chunks: int, *, rotated: bool, bias: bool)
     turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=2) if rotated else heads[:, :4]
     wanted = torch.zeros_like(cache).view(2, 3, block, 32)
     there = slots.long() // block, slots.long() % block
-    wanted[0][there], wanted[1][there] = turned[:, 3].half(), heads[:, 4].half()
+    keys_values = torch.stack((turned[:, 3], heads[:, 4]))
+    stored = to_fp8(keys_values).view(torch.uint8) if fp8 else keys_values.half()
+    wanted[0][there], wanted[1][there] = stored
     differ = int((q.view(tokens, 3, 32) != turned[:, :3].half()).sum()) + int(
         (cache.view_as(wanted) != wanted).sum()
     )
@@ -157,6 +162,7 @@ def ends_and_beginnings() -> list[dict[str, object]]:
         heads_case("Q4_K", whole, 1, rotated=False, bias=False),
         heads_case("Q5_0", split, 2, rotated=True, bias=True),
         heads_case("Q8_0", wide, 2, rotated=True, bias=False),
+        heads_case("Q8_0", whole, 1, rotated=True, bias=True, fp8=True),
         early_case("Q8_0", 896, 2, split=False),
         early_case("Q5_0", 512, 2, split=True),
         early_case("Q6_K", 1024, 1, split=True, step=128),

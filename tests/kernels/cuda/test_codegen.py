@@ -12,7 +12,7 @@ import pytest
 
 from gpu_codegen import Codegen, disorder, inspect_all, main_loop
 from worker_orcd.kernels.backend import Glu
-from worker_orcd.kernels.cuda.variants import FORMATS, Epilogue, Variant, choose_tile, shape_of
+from worker_orcd.kernels.cuda.variants import FORMATS, Epilogue, Store, Variant, choose_tile, shape_of
 
 # Instructions that a lane may issue for each weight at 16 tokens: from what an H100 has time for while its
 # memory delivers the weight.
@@ -20,6 +20,7 @@ BUDGET = {
     "Q4_0": 3.6, "Q4_1": 4.0, "Q5_0": 4.6, "Q5_1": 5.2, "Q8_0": 3.4, "Q2_K": 4.6, "Q3_K": 4.8, "Q4_K": 4.0,
     "Q5_K": 5.0, "Q6_K": 5.6, "IQ4_NL": 5.9, "MXFP4": 4.1,
 }  # fmt: skip
+PHI3 = Store(num_heads=32, num_kv_heads=32, cache_block=16, rotated=True, fp8=True)
 
 
 def variant(name: str, n: int, k: int, tokens: int, capability: int, **epilogue: Any) -> Variant:
@@ -44,7 +45,11 @@ def chosen() -> list[tuple[Variant, int]]:
         (dataclasses.replace(variant(name, 3072, 3072, tokens, 90), overlap=2), 90)
         for name, tokens in (("Q4_K", 1), ("Q8_0", 16), ("Q5_0", 64))
     ]
-    return few + many + older + glu + overlapping
+    fp8 = [
+        (variant("Q4_K", 9216, 3072, tokens, capability, head=96, store=PHI3, out="fp16"), capability)
+        for tokens, capability in ((1, 90), (64, 90), (4096, 90), (1, 80))
+    ]
+    return few + many + older + glu + overlapping + fp8
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,7 @@ class Tile:
     programs: int  # on a multiprocessor
 
 
-def choose_tile(
-    head_dim: int, tokens: int, capability: int = 90, cache: torch.dtype = torch.float16
-) -> Tile:
+def choose_tile(head_dim: int, tokens: int, capability: int = 90, cache: torch.dtype = torch.float16) -> Tile:
     """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0)."""
     if capability < 90:
         warps = 4 if head_dim < _WIDEST else 8  # whose registers hold what wide heads need
