@@ -6,6 +6,7 @@ Attention on a GPU: right, the same bits however rows are batched and cut, and h
     python benchmarks/gpu_attention.py --kv fp8             # float8 keys and values alone
     python benchmarks/gpu_attention.py --only tune          # what planning should take units to cost
     python benchmarks/gpu_attention.py --only tiles         # which tile is fastest where
+    python benchmarks/gpu_attention.py --only variants      # other ways with fp8 heads of 80 and 96
 
 Needs a GPU, torch, triton and numpy, and no network. Each part is run twice: first without launching, to
 know its kernels, which are then compiled by many processes. Checks are against float64: mixed rows, split
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+from gpu_attention_pieces import check_variants
 from gpu_attention_steps import Step, exact, head_params, random_step
 from gpu_attention_times import KV, measure, tune, tune_tiles
 from gpu_session import Session, parser_of, run_parts
@@ -52,6 +54,9 @@ CASES: dict[str, tuple[AttentionParams, Rows, bool, int]] = {  # with sinks or n
     "wide heads": (head_params(4, 1, 256), [(100, 1), (0, 300)], False, 16),
     "wide heads, few queries": (head_params(4, 1, 256, 512), [(1000, 1), (0, 30)], False, 16),
     "heads of 80": (head_params(4, 4, 80), [(100, 1), (0, 30)], False, 16),
+    "heads of 80, many queries": (head_params(4, 4, 80), [(100, 1), (0, 300), (900, 1)], False, 16),
+    "heads of 96, few queries": (head_params(32, 32, 96), [(100, 1), (900, 2), (0, 30)], False, 16),
+    "parts of a head": (head_params(4, 2, 192), [(100, 1), (900, 2), (0, 30)], False, 16),
     "window and sinks": (head_params(64, 8, 64, 128), MIXED, True, 16),
     "window, sinks, many rows": (head_params(64, 8, 64, 128), MANY, True, 16),
     "sinks, long rows": (head_params(64, 8, 64), [(4000, 1), (2500, 2)], True, 16),
@@ -197,6 +202,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "fast": measure,
     "tune": tune,
     "tiles": tune_tiles,
+    "variants": check_variants,
 }
 
 

@@ -116,6 +116,8 @@ CASES = {
     "long window": lambda: case(params(2, 1, 16, 300), [(900, 1), (350, 40)], sinks=True, block_size=128),
     "fp8": lambda: case(params(4, 2, 96), [(300, 2), (0, 70)], fp8=True),
     "fp8 window": lambda: case(params(2, 1, 16, 60), [(200, 1), (0, 20)], sinks=True, fp8=True),
+    "fp8 parts": lambda: case(params(2, 1, 192), [(300, 1)], block_size=32, fp8=True),
+    "fp8 split": lambda: case(params(2, 1, 80), [(300, 1), (0, 70)], sinks=True, fp8=True),
     "many heads": lambda: case(params(70, 1, 16), [(130, 1)]),
 }
 

@@ -6,6 +6,7 @@ That a GPU's bits do not depend on tiles and cuts is for benchmarks/gpu_attentio
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,13 +22,13 @@ from worker_orcd.kernels.cuda.attend import (
     Cut,
     attend_kernel,
     choose_tile,
-    halves,
+    pieces,
 )
 from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE, NATIVE_FP8
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels, compile_kernel
 
 CPU = torch.device("cpu")
-SPILLED = {(80, 256, False): 8, (90, 128, True): 12, (90, 256, True): 4}  # bytes; the head, whether fp8
+SPILLED = {(80, 256, False): 8, (90, 128, True): 12, (90, 256, True): 4}  # bytes; columns, whether fp8
 LIMITS = Limits(max_tokens=300, max_rows=8, max_blocks_per_row=20, block_size=16)
 
 
@@ -47,7 +48,7 @@ def interpreted() -> dict[str, Any]:
     ("name", "units"),
     [
         ("mixed", 10), ("whole", 5), ("nothing left", 4), ("pieces", 3), ("wide", 3), ("window", 13),
-        ("long window", 6), ("many heads", 2), ("fp8", 4), ("fp8 window", 2),
+        ("long window", 6), ("many heads", 2), ("fp8", 5), ("fp8 window", 2), ("fp8 parts", 3), ("fp8 split", 4),
     ],
 )  # fmt: skip
 def test_attention_equals_float64(interpreted: dict[str, Any], name: str, units: int) -> None:
@@ -73,8 +74,8 @@ def test_a_split_row_has_the_bits_of_a_whole_one(interpreted: dict[str, Any]) ->
             (80, (14, 2, 64), 1), (80, (4, 1, 256), 1), (89, (32, 8, 128), 1),
         )),
         *((*one, FP8) for one in (
-            (90, (32, 32, 96), 1), (90, (32, 8, 128), 512), (90, (4, 1, 256), 1), (80, (14, 2, 64), 1),
-            (89, (32, 8, 128), 1),
+            (90, (32, 32, 96), 1), (90, (32, 32, 96), 512), (90, (4, 4, 80), 1), (90, (32, 8, 128), 512),
+            (90, (4, 1, 256), 1), (80, (14, 2, 64), 1), (80, (32, 32, 96), 1), (89, (32, 8, 128), 1),
         )),
     ],
 )  # fmt: skip
@@ -84,7 +85,7 @@ def test_the_compiler_spills_nothing(
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
     tile = choose_tile(shape[2], tokens, capability, cache)
     windowed = len(shape) > 3
-    cut = Cut(params(*shape), tile.rows)
+    cut = Cut(params(*shape), tile.rows, padded=cache == FP8)
     half = torch.float16
     native = capability >= NATIVE_FP8
     kernel = attend_kernel(cut, tile, 16, (half, cache, half), sinks=windowed, native=native)
@@ -93,8 +94,10 @@ def test_the_compiler_spills_nothing(
     if capability == 90:
         assert "wgmma" in ptx and "mma.sync" not in ptx  # one order of sums, whatever the tile
     assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (cache == FP8 and native)
+    if cut.padded:  # whole rows of 16 bytes are copied, and columns that are none are not
+        assert not re.search(r"cp\.async\.ca\S* .*0x4", ptx) and "cp.async.cg" in ptx
     log, _ = assembled(compiled, capability)
-    most = SPILLED.get((capability, shape[2], cache == FP8), 0)
+    most = SPILLED.get((capability, sum(cut.keys), cache == FP8), 0)
     assert all(int(size) <= most for size in re.findall(r"(\d+) bytes spill", log))
     assert "warning" not in log
 
@@ -172,11 +175,36 @@ def test_scores_of_fp8_keys_are_divided_by_what_the_keys_were_multiplied_by() ->
         attention.run(q, LayerCache(cache.tensor.view(torch.uint8).half()), inputs(), out, kind, None)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "width", "parts"), [(80, 128, 1), (96, 128, 1), (64, 64, 1), (192, 256, 2)]
+)
+def test_heads_of_fp8_are_one_piece(head_dim: int, width: int, parts: int) -> None:
+    by: dict[torch.dtype, dict[str, Any]] = {}
+    kind = params(4, 2, head_dim)
+    for dtype in (torch.float16, FP8):
+        kernels = Recorder()
+        attention = Attention(kernels, LIMITS, cache=dtype)
+        attention.reserve(kind)
+        cache = torch.zeros(2, 4, 2, 16, head_dim, dtype=torch.uint8)
+        q = torch.zeros(1, 4 * head_dim, dtype=torch.float16)
+        stored = cache.view(FP8) if dtype == FP8 else cache.half()
+        attention.run(q, LayerCache(stored), inputs(), torch.zeros_like(q), kind, None)
+        by[dtype] = dict(kernels.launches[0][0].constants)
+        assert (by[dtype]["D"], by[dtype]["V"]) == (head_dim, head_dim // parts)
+        assert by[dtype]["VALUE_PARTS"] == parts
+        assert attention.scratch_bytes > CAPACITY * 4 * parts * (by[dtype]["V0"] + by[dtype]["V1"]) * 4
+    half, fp8 = by[torch.float16], by[FP8]
+    assert half["D0"] + half["D1"] == head_dim and half["V0"] + half["V1"] == head_dim // parts
+    assert (fp8["D0"], fp8["D1"], fp8["V0"], fp8["V1"]) == (width, 0, width // parts, 0)
+
+
 def test_rows_of_a_tile_follow_from_the_head_and_the_step() -> None:
     for capability in (80, 86, 89, 90, 120):
         for head_dim in (16, 64, 80, 96, 128, 256):
             few, many = (choose_tile(head_dim, tokens, capability) for tokens in (FEW_TOKENS, FEW_TOKENS + 1))
             assert few.rows >= 64 and many.rows >= few.rows
+            width = sum(pieces(head_dim, padded=True))  # as many columns as fp8 is computed with
+            assert choose_tile(head_dim, 1, capability, FP8) == choose_tile(width, 1, capability, FP8)
             assert {few.warps, many.warps} <= {4, 8}
             if capability < 90:  # there the order of sums could depend on the tile
                 assert few == many
@@ -205,12 +233,16 @@ def test_a_scale_must_be_positive() -> None:
 
 
 def test_heads_are_cut_into_what_tensor_cores_take() -> None:
-    assert [halves(columns) for columns in (16, 64, 80, 96, 128, 256)] == [
+    heads = (16, 64, 80, 96, 128, 256)
+    assert [pieces(columns, padded=False) for columns in heads] == [
         (16, 0), (64, 0), (64, 16), (64, 32), (128, 0), (256, 0),
     ]  # fmt: skip
-    for columns in (8, 72, 100, 112):
+    assert [pieces(columns, padded=True) for columns in heads] == [
+        (16, 0), (64, 0), (128, 0), (128, 0), (128, 0), (256, 0),
+    ]  # fmt: skip
+    for columns, padded in product((8, 72, 100, 112), (False, True)):
         with pytest.raises(ValueError, match="powers of two"):
-            halves(columns)
+            pieces(columns, padded=padded)
     assert Cut(params(9, 3, 64), 64).queries == 21
     assert Cut(params(64, 8, 64), 128).lanes == 8
     wide = Cut(params(4, 1, 256), 64)

@@ -42,6 +42,8 @@ class Tile:
 
 def choose_tile(head_dim: int, tokens: int, capability: int = 90, cache: torch.dtype = torch.float16) -> Tile:
     """The tile for a step of `tokens` on a GPU of compute capability `capability` (90 is 9.0)."""
+    if cache == FP8:
+        head_dim = sum(pieces(head_dim, padded=True))
     if capability < 90:
         warps = 4 if head_dim < _WIDEST else 8  # whose registers hold what wide heads need
         return Tile(rows=64, warps=warps, stages=3 if head_dim <= 64 else 2, programs=8 // warps)
@@ -58,6 +60,7 @@ class Cut:
 
     params: AttentionParams
     rows: int
+    padded: bool = False  # a head that is no power of two is one piece, up to the next one
 
     @property
     def group(self) -> int:
@@ -81,7 +84,7 @@ class Cut:
     @property
     def keys(self) -> tuple[int, int]:
         """Columns of a head, as powers of two."""
-        return halves(self.params.head_dim)
+        return pieces(self.params.head_dim, padded=self.padded)
 
     @property
     def value_parts(self) -> int:
@@ -89,20 +92,24 @@ class Cut:
 
     @property
     def values(self) -> tuple[int, int]:
-        return halves(self.params.head_dim // self.value_parts)
+        """Columns that a program has, likewise."""
+        return pieces(self.params.head_dim // self.value_parts, padded=self.padded)
 
     @property
     def lanes(self) -> int:
         return self.params.num_kv_heads * self.head_tiles * self.value_parts
 
 
-def halves(columns: int) -> tuple[int, int]:
-    """`columns` as the sum of a power of two and a lower one, or 0. Raises ValueError where it is none."""
+def pieces(columns: int, *, padded: bool) -> tuple[int, int]:
+    """`columns` as the sum of a power of two and a lower one, or 0. Raises ValueError where it is none.
+
+    `padded`: the next power of two, and 0.
+    """
     first = 1 << (columns.bit_length() - 1)
     rest = columns - first
     if columns < 16 or (rest and (rest < 16 or rest & (rest - 1))):
         raise ValueError(f"heads of {columns} columns; the kernels take one or two powers of two from 16 on")
-    return first, rest
+    return (2 * first, 0) if rest and padded else (first, rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +172,7 @@ class Attention:
 
     def _cut(self, params: AttentionParams, tokens: int) -> tuple[Cut, Tile]:
         tile = self._choose(params.head_dim, tokens, self._kernels.capability, self._cache)
-        return Cut(params, tile.rows), tile
+        return Cut(params, tile.rows, padded=self._cache == FP8), tile
 
     def _plan_of(self, cut: Cut, tile: Tile) -> _Plan:
         programs = tile.programs * self._kernels.multiprocessors
@@ -260,8 +267,9 @@ def attend_kernel(
     }  # fmt: skip
     (d0, d1), (v0, v1) = cut.keys, cut.values
     constants = {
-        "HEADS": params.num_heads, "KV_HEADS": params.num_kv_heads, "HEAD_TILES": cut.head_tiles, "D0": d0,
-        "D1": d1, "V0": v0, "V1": v1, "VALUE_PARTS": cut.value_parts, "ROWS": cut.rows,
+        "HEADS": params.num_heads, "KV_HEADS": params.num_kv_heads, "HEAD_TILES": cut.head_tiles,
+        "D": params.head_dim, "D0": d0, "D1": d1, "V": params.head_dim // cut.value_parts, "V0": v0, "V1": v1,
+        "VALUE_PARTS": cut.value_parts, "ROWS": cut.rows,
         "BLOCK_SIZE": block_size, "WINDOW": params.window or 0, "SINKS": sinks,
         "NATIVE": native,
         "MERGED": min(16, 1 << (cut.heads - 1).bit_length()),  # rows whose parts are merged at a time

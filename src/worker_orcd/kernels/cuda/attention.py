@@ -155,25 +155,35 @@ def merge(TOP, SUM, ACC0, ACC1, top, sums, acc0, acc1, D1: tl.constexpr):
 
 
 @triton.jit
+def within(rows, column, COLUMNS: tl.constexpr, ALL: tl.constexpr):
+    """The mask of `rows`, (n, 1), where a `column` of ALL is one of the COLUMNS that there are."""
+    if COLUMNS < ALL:
+        return rows & (column < COLUMNS)[None, :]
+    else:
+        return rows
+
+
+@triton.jit
 def finish(out, sinks, token, head, live, TOP, SUM, ACC0, ACC1, column, HEADS: tl.constexpr, D: tl.constexpr,
-           D0: tl.constexpr, D1: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+           V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
     """Divides by the sum and writes. No zero is negative: whether one was may depend on the tile."""
     if SINKS:
         sink = tl.load(sinks + head, mask=live, other=0.0)
         SUM += tl.exp2(tl.fma(sink, LOG2_E, -TOP))
     over = (1.0 / SUM)[:, None]
     to = out + ((token * HEADS + head) * D + column)[:, None]
-    to0 = to + tl.arange(0, D0)[None, :]
-    tl.store(to0, tl.fma(ACC0, over, 0.0).to(out.dtype.element_ty), mask=live[:, None])
-    if D1 > 0:
-        to1 = to + (D0 + tl.arange(0, D1))[None, :]
+    v0 = tl.arange(0, V0)
+    there = within(live[:, None], v0, V, V0 + V1)
+    tl.store(to + v0[None, :], tl.fma(ACC0, over, 0.0).to(out.dtype.element_ty), mask=there)
+    if V1 > 0:
+        to1 = to + (V0 + tl.arange(0, V1))[None, :]
         tl.store(to1, tl.fma(ACC1, over, 0.0).to(out.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, heads, part,
-            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-            VALUE_PARTS: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
+            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
+            V1: tl.constexpr, VALUE_PARTS: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
             AT_ONCE: tl.constexpr):  # fmt: skip
     """Merges what the programs of all `splits` have left: ROWS rows at a time, AT_ONCE splits loaded."""
     for begin in range(0, tokens * GROUP, ROWS):
@@ -203,7 +213,7 @@ def combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, he
                     from1 = parts + there[:, None] * (V0 + V1) + (V0 + tl.arange(0, V1))[None, :]
                     acc1 = tl.load(from1, mask=mask[:, None], other=0.0, cache_modifier=".cg")
                 TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, some, acc0, acc1, V1)
-        finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V0, HEADS, D, V0, V1,
+        finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V, HEADS, D, V, V0, V1,
                SINKS)  # fmt: skip
 
 
@@ -251,12 +261,11 @@ def ask_tile(keys, values, table, tile, end, block_stride, D: tl.constexpr, V: t
 @triton.jit
 def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane, scale, values, block_stride,
                 q_stride, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
-                D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-                VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+                D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
+                V1: tl.constexpr, VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
                 SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
                 OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """One unit, for the heads of `lane`. What it is does not wait for the kernel before."""
-    D: tl.constexpr = D0 + D1
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
     LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
     dtype: tl.constexpr = q.dtype.element_ty
@@ -288,7 +297,7 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
     v1 = tl.arange(0, V1 if V1 > 0 else 16)
     qp = q + ((token + query) * q_stride + head * D)[:, None]
     kp = cache + kv_head * (BLOCK_SIZE * D)
-    vp = kp + values + part * V0
+    vp = kp + values + part * V
     table += cache_row * table_stride
     end = position + tokens
     # A tile ahead: keys are requested without waiting for where they are.
@@ -297,9 +306,9 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
         table + entry, mask=first * KEYS + tl.arange(0, KEYS) < end, other=0, cache_modifier=".cg"
     )
     for i in tl.static_range(AHEAD):
-        ask_tile(kp, vp, table, first + i, last, block_stride, D, V0 + V1, BLOCK_SIZE)
+        ask_tile(kp, vp, table, first + i, last, block_stride, D, V, BLOCK_SIZE)
     wait(OVERLAP)
-    q0 = tl.load(qp + d0[None, :], mask=live[:, None], other=0.0)
+    q0 = tl.load(qp + d0[None, :], mask=within(live[:, None], d0, D, D0 + D1), other=0.0)
     q1 = q0
     if D1 > 0:
         q1 = tl.load(qp + D0 + d1[None, :], mask=live[:, None], other=0.0)
@@ -341,7 +350,8 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
             at = (block.to(tl.int64) * block_stride + place * D)[:, None]
             entry, _ = paged(tile + 1, BLOCK_SIZE)
             block = tl.load(table + entry, mask=key + KEYS < end, other=0)
-            k0 = decoded(tl.load(kp + at + d0[None, :], mask=there, other=0.0), dtype, NATIVE)
+            column = within(there, d0, D, D0 + D1)
+            k0 = decoded(tl.load(kp + at + d0[None, :], mask=column, other=0.0), dtype, NATIVE)
             s = tl.dot(q0, tl.trans(k0))
             if D1 > 0:
                 k1 = decoded(tl.load(kp + at + D0 + d1[None, :], mask=there, other=0.0), dtype, NATIVE)
@@ -358,7 +368,8 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
             old = tl.exp2(top - higher)[:, None]
             p = tl.exp2(tl.fma(s, factor, -higher[:, None])).to(dtype)
             some = tl.dot(p, ones, some * old)
-            w0 = decoded(tl.load(vp + at + v0[None, :], mask=there, other=0.0), dtype, NATIVE)
+            column = within(there, v0, V, V0 + V1)
+            w0 = decoded(tl.load(vp + at + v0[None, :], mask=column, other=0.0), dtype, NATIVE)
             acc0 = tl.dot(p, w0, acc0 * old)
             if V1 > 0:
                 w1 = decoded(tl.load(vp + at + V0 + v1[None, :], mask=there, other=0.0), dtype, NATIVE)
@@ -374,7 +385,7 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
         live = (query < tokens) & (row % GROUP < heads)
         if number == 1:
             TOP, SUM, ACC0, ACC1 = merge(TOP, SUM, ACC0, ACC1, top, tl.max(some, 1), acc0, acc1, V1)
-            finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V0, HEADS, D, V0, V1,
+            finish(out, sinks, token + query, head, live, TOP, SUM, ACC0, ACC1, part * V, HEADS, D, V, V0, V1,
                    SINKS)  # fmt: skip
         else:
             slot = ((base + split * tokens + query) * HEADS + head) * VALUE_PARTS + part
@@ -385,18 +396,20 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 counter = counters + base * LANES + lane
                 if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == number - 1:
                     combine(parts, sums, out, sinks, base, splits, token, tokens, first_head, heads, part,
-                            HEADS, GROUP, D, V0, V1, VALUE_PARTS, SINKS, MERGED, AT_ONCE)  # fmt: skip
+                            HEADS, GROUP, D, V, V0, V1, VALUE_PARTS, SINKS, MERGED, AT_ONCE)  # fmt: skip
                     tl.store(counter, 0)
 
 
 @triton.jit
 def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, values, block_stride, q_stride,
            table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
-           D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, VALUE_PARTS: tl.constexpr,
-           ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-           NATIVE: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0,
-           AHEAD: tl.constexpr = 0):  # fmt: skip
-    """Any number of programs. The queries have D0 + D1 columns, a program gives V0 + V1 of the values'.
+           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
+           V1: tl.constexpr, VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+           WINDOW: tl.constexpr, SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr,
+           AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0, AHEAD: tl.constexpr = 0):  # fmt: skip
+    """Any number of programs. The queries have D columns, a program gives V of the values'.
+
+    They are computed with as D0 + D1 and V0 + V1, which are as many; or more, zeros, and then in one piece.
 
     A cache of bytes holds e4m3 numbers (`fp8.decoded`); `scale` makes up for what keys were multiplied by.
 
@@ -414,7 +427,7 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
         if item < items:
             record = work + RECORD + item // LANES * RECORD
             attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
-                        values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D0, D1,
-                        V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, NATIVE, MERGED, AT_ONCE,
+                        values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D, D0, D1,
+                        V, V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, NATIVE, MERGED, AT_ONCE,
                         OVERLAP, AHEAD)  # fmt: skip
     wait(OVERLAP)  # a kernel that had nothing to do must not end before those before it
