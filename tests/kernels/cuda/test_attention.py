@@ -48,7 +48,8 @@ def interpreted() -> dict[str, Any]:
     ("name", "units"),
     [
         ("mixed", 10), ("whole", 5), ("nothing left", 4), ("pieces", 3), ("wide", 3), ("window", 13),
-        ("long window", 6), ("many heads", 2), ("fp8", 5), ("fp8 window", 2), ("fp8 parts", 3), ("fp8 split", 4),
+        ("long window", 6), ("many heads", 2), ("fp8", 5), ("fp8 window", 2), ("fp8 parts", 3),
+        ("fp8 split", 4),
     ],
 )  # fmt: skip
 def test_attention_equals_float64(interpreted: dict[str, Any], name: str, units: int) -> None:

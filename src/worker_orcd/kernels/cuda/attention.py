@@ -262,9 +262,9 @@ def ask_tile(keys, values, table, tile, end, block_stride, D: tl.constexpr, V: t
 def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane, scale, values, block_stride,
                 q_stride, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
                 D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
-                V1: tl.constexpr, VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-                SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr, AT_ONCE: tl.constexpr,
-                OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+                V1: tl.constexpr, VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                WINDOW: tl.constexpr, SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr,
+                AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """One unit, for the heads of `lane`. What it is does not wait for the kernel before."""
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
     LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
