@@ -65,6 +65,7 @@ PARTS = {
     "bench": (
         Part("linear", "gpu_linear.py", ("--only", "speed", "--seconds", "380")),
         Part("operations", "gpu_operations.py", ("--only", "fast")),
+        Part("contract", "gpu_contract.py"),
         Part("gated", "gpu_gated.py", ("--only", "fast")),
         Part("attention", "gpu_attention.py", ("--only", "fast")),
         Part("experts", "gpu_experts.py", ("--only", "fast")),

@@ -72,7 +72,7 @@ class Kernel:
 
 FEW = 4  # kernels that are not worth a process
 READING = 0.02  # seconds that a kernel in Triton's cache may take
-PATIENCE = 1.0  # and that they may take in all beside: Triton is imported
+PATIENCE = 1.0  # and that they may take in all beside
 Compile = Callable[[Kernel, int], Any]
 
 
@@ -149,11 +149,14 @@ class Kernels:
         """Make all of them ready. `on_progress(done, all)`.
 
         First from Triton's cache on disk, one after the other; once that takes longer than reading can, they
-        are not all there, and a process a core compiles the rest into it.
+        are not all there, and a process a core compiles the rest into it. The first does not count: it may
+        be what imports Triton.
         """
         missing = [kernel for kernel in kernels if kernel not in self._compiled]
         started = time.monotonic()
         for done, kernel in enumerate(missing):
+            if done == 1:
+                started = time.monotonic()
             left = missing[done:]
             processes = min(len(left) // FEW, os.cpu_count() or 1)
             if processes > 1 and time.monotonic() - started > PATIENCE + done * READING:

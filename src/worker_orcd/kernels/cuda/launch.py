@@ -85,9 +85,12 @@ class Products:
 
     def reserve(self, weight: PackedMatrix, tokens: int = MAX_SPLIT_TOKENS) -> None:
         """Room for the parts of `weight`'s products of up to `tokens`. Before any graph is captured."""
-        needed = weight.shape.chunks * min(tokens, most_split_tokens(weight.shape)) * weight.n
-        if needed > len(self._partials):
-            self._partials = torch.empty(needed, dtype=torch.float32, device=self._device)
+        self.make_room(weight.shape.chunks * min(tokens, most_split_tokens(weight.shape)) * weight.n)
+
+    def make_room(self, num_parts: int) -> None:
+        """For so many float32, if there is less."""
+        if num_parts > len(self._partials):
+            self._partials = torch.empty(num_parts, dtype=torch.float32, device=self._device)
 
     def linear(
         self,
