@@ -93,11 +93,12 @@ class ReciteRunner:
     max_steps = 2
     max_draws = 16
 
-    def __init__(self, tokenizer: Tokenizer, step_seconds: float, logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         ids = tokenizer.encode(TEXT, add_special=False)
-        top = tuple((token, -0.5 - k) for k, token in enumerate(ids[:5])) if logprobs else ()
-        self._tokens = [SampledToken(token, -0.25 if logprobs else None, top) for token in ids]
-        self._step_seconds = step_seconds
+        top = tuple((token, -0.5 - k) for k, token in enumerate(ids[:5])) if args.logprobs else ()
+        self._tokens = [SampledToken(token, -0.25 if args.logprobs else None, top) for token in ids]
+        self._step_seconds = args.step_ms / 1000
+        self._num_launches = args.launches
         self._due = 0.0  # when the last step is over
         self.num_steps = 0
 
@@ -106,6 +107,8 @@ class ReciteRunner:
         due = self._due = max(self._due, time.monotonic()) + seconds
         tokens, count = self._tokens, len(self._tokens)
         self.num_steps += 1
+        for _ in range(self._num_launches * step.num_rounds):
+            time.sleep(0)  # lets go of the interpreter's lock and wants it back
         results: list[RowResult] = []
         for row in step.rows:
             results += [tokens[(row.end + k) % count] for k in range(row.num_draws)] or [None]
@@ -148,7 +151,7 @@ class Worker:
         metrics = Metrics(status)
         narration = Narration("json", stream=io.StringIO())
         self.client = EngineClient(lambda c: self.engine.send(c), loop=loop, max_queue=MAX_STREAMS)
-        runner = ReciteRunner(tokenizer, args.step_ms / 1000, args.logprobs)
+        runner = ReciteRunner(tokenizer, args)
         self.engine = EngineThread(runner, self.client, metrics, args.burst_ms / 1000)
         app = create_app(config, status, metrics, narration=narration, request_shutdown=lambda: None)
         self.http_config = uvicorn_config(app, config)
@@ -178,7 +181,7 @@ class Worker:
 
 def serve(args: argparse.Namespace) -> None:
     """Until standard input ends; answers a line there with the counts, as JSON."""
-    sys.setswitchinterval(0.0005)  # as the worker does
+    sys.setswitchinterval(args.switch_ms / 1000)
     listener = socket.create_server((HOST, 0), backlog=1024)
     listener.setblocking(False)
     profile = cProfile.Profile()
@@ -215,7 +218,8 @@ class ServerProcess:
 
     def __init__(self, source: Path, args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--serve", "--step-ms", str(args.step_ms)]
-        command += ["--burst-ms", str(args.burst_ms)]
+        command += ["--burst-ms", str(args.burst_ms), "--launches", str(args.launches)]
+        command += ["--switch-ms", str(args.switch_ms)]
         command += ["--profile"] * args.profile + ["--logprobs"] * args.logprobs
         environment = os.environ | {"PYTHONPATH": str(source)}
         pipe = subprocess.PIPE
@@ -319,6 +323,10 @@ def main() -> None:
         "--step-ms", type=float, default=5.0, help="0: at once; the engine's thread never waits"
     )
     parser.add_argument("--burst-ms", type=float, default=0.0, help="that a step of several rounds may take")
+    parser.add_argument(
+        "--launches", type=int, default=0, help="a round, each without the interpreter's lock, as on a GPU"
+    )
+    parser.add_argument("--switch-ms", type=float, default=0.5, help="that a thread keeps the lock for")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run, after it has begun")
     parser.add_argument("--tokens", type=int, help="count whole jobs of so many tokens instead")
     parser.add_argument("--rounds", type=int, default=3)

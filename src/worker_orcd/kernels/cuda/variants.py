@@ -226,7 +226,11 @@ def choose_tile(shape: Shape, n: int, tokens: int, capability: int = 90) -> Tile
     rows, width, warps = (
         _for_split(shape, tokens) if split else _for_some_tokens(shape, n, tokens, capability)
     )
-    return _that_fits(shape, Tile(rows=rows, tokens=width, warps=warps, stages=3, split=split), capability)
+    registers_are_short = capability < 90 and split and shape.format == "Q6_K"
+    stages = 2 if registers_are_short or (shape.format in _NARROW and width == 128) else 3
+    return _that_fits(
+        shape, Tile(rows=rows, tokens=width, warps=warps, stages=stages, split=split), capability
+    )
 
 
 def _for_split(shape: Shape, tokens: int) -> tuple[int, int, int]:
@@ -248,9 +252,13 @@ def _for_some_tokens(shape: Shape, n: int, tokens: int, capability: int) -> tupl
     if tokens <= 32 or tiles * -(-tokens // 32) <= _ONE_EACH:
         return 64, 32, 4
     if shape.chunks > 1:
-        return (64, 64, 4) if shape.format in _SMALL_WALK else (128, 64, 8)
+        if shape.format not in _SMALL_WALK:
+            return 128, 64, 8
+        return 64, 64 if capability >= 90 else 32, 4
     if tiles * -(-tokens // 64) <= 1.5 * _ONE_EACH:
         return 64, 64, 4
+    if tokens > 192 and shape.format in _NARROW:
+        return 64, 128, 4
     if tokens <= 192 or tiles * -(-tokens // 128) < 2 * _ONE_EACH:
         return 128, 64, 8
     return _for_many_tokens(shape, n, tokens, capability)
