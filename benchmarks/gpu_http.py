@@ -7,13 +7,14 @@ Starts `worker-orcd serve` twice, the first time perhaps with kernels to compile
 them in its cache, and talks to the second one from this process, over `/execute`: prompts of 512 tokens one
 at a time, then crowds of 128 tokens in and 128 out, greedy, beside what `gpu_engine.py` measures without
 HTTP. Needs a GPU and the package's own requirements; no network. Tokens a second are of all tokens from the
-first request sent to the last response read.
+first request sent to the last response read, and of those from when every stream has had one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import statistics
 import sys
@@ -25,6 +26,7 @@ from gpu_report import Session
 from worker_client import Client, Exchange, WorkerProcess, require
 
 ORDINARY = 30000  # token ids below this are ordinary in every vocabulary we know
+MARK = b"event: token"
 REPEATS = 3
 
 
@@ -52,17 +54,36 @@ async def first_token(client: Client, vocabulary: int) -> float:
     return statistics.median(found[1:])
 
 
-async def crowd(client: Client, size: int, name: str, args: argparse.Namespace) -> float:
-    """Tokens a second of one crowd."""
+def tokens_by(stream: Exchange, moment: float) -> int:
+    """How many tokens had come then."""
+    return stream.data.count(MARK, 0, sum(length for at, length in stream.arrivals if at <= moment))
+
+
+def first_at(stream: Exchange) -> float:
+    """When the first token came whole."""
+    end = stream.data.find(MARK) + len(MARK)
+    ends = itertools.accumulate(length for _at, length in stream.arrivals)
+    return next(at for (at, _length), so_far in zip(stream.arrivals, ends, strict=True) if so_far >= end)
+
+
+def decode_rate(streams: Sequence[Exchange]) -> float:
+    """Tokens a second from when every stream has had one until the last has ended."""
+    begun, ended = max(map(first_at, streams)), max(stream.ended_at for stream in streams)
+    whole = sum(stream.data.count(MARK) for stream in streams)
+    return (whole - sum(tokens_by(stream, begun) for stream in streams)) / (ended - begun)
+
+
+async def crowd(client: Client, size: int, name: str, args: argparse.Namespace) -> tuple[float, float]:
+    """Tokens a second of one crowd: in all, from the first request to the last answer, and while decoding."""
     prompts = [prompt(args.prompt, f"{name} {number}", args.vocabulary) for number in range(size)]
     began = time.monotonic()
     streams = [await start(client, f"{name}-{i}", one, args.output) for i, one in enumerate(prompts)]
     for stream in streams:
         require((await stream.response()).status == 200, "a job was refused")
     ended = max(stream.ended_at for stream in streams)
-    marks = [stream.data.count(b"event: token") for stream in streams]
+    marks = [stream.data.count(MARK) for stream in streams]
     require(marks == [args.output] * size, f"streams of {sorted(set(marks))} tokens")
-    return size * args.output / (ended - began)
+    return size * args.output / (ended - began), decode_rate(streams)
 
 
 async def measure(session: Session, path: Path, worker: WorkerProcess) -> None:
@@ -80,10 +101,13 @@ async def measure(session: Session, path: Path, worker: WorkerProcess) -> None:
             rates = [await crowd(client, size, f"crowd-{size}-{n}", args) for n in range(REPEATS)]
             spent = {key: value - before[key] for key, value in worker.cpu_seconds().items()}
             wall = time.monotonic() - began
-            rate = statistics.median(rates)
-            session.keep(f"crowd {name} {size}", {"tok/s": rates, "cpu": spent, "wall": wall})
+            whole, decode = (statistics.median(of) for of in zip(*rates, strict=True))
+            session.keep(f"crowd {name} {size}", {"tok/s, decode": rates, "cpu": spent, "wall": wall})
             shares = ", ".join(f"{key} {value / wall:.0%}" for key, value in spent.items())
-            session.say(f"{name}: {size:4} streams over HTTP: {rate:8.0f} tok/s in all; of a core: {shares}")
+            session.say(
+                f"{name}: {size:4} streams over HTTP: {whole:8.0f} tok/s in all, {decode:8.0f} once all have"
+                f" begun; of a core: {shares}"
+            )
 
 
 def serve(session: Session, path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gpu_contract
 import pytest
 
+import gpu_contract
 from worker_orcd.kernels.cuda.variants import choose_tile, shape_of
 
 
