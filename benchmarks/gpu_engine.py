@@ -252,6 +252,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--watched", type=int, default=48, help="tokens out, of a request that `same` watches"
     )
     parser.add_argument("--subjects", type=int, default=32, help="requests that `same` watches")
+    parser.add_argument("--again", type=int, default=2, help="times that `same` asks them all, among others")
     parser.add_argument("--requests", type=int, default=1000, help="of `memory`")
     parser.add_argument("--out", type=Path, default=Path("gpu_engine.json"))
     parser.add_argument("--commit", help="default: ask git")

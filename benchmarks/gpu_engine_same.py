@@ -89,6 +89,7 @@ def check_same(session: Session, model: Model) -> None:
     checks: dict[str, Callable[[], Iterator[tuple[Compared, str, bool]]]] = {
         "ahead": lambda: one_at_a_time(model, requests, alone),
         "others": lambda: among_others(model, requests, alone),
+        "again": lambda: again_and_again(model, requests, alone, args.again),
         "chunks": lambda: in_chunks(model, requests, alone),
         "preempted": lambda: preempted(model, requests, alone),
         "prefixes": lambda: behind_prefixes(model, args.watched),
@@ -171,6 +172,37 @@ def among_others(
                 engine.cancel(number)
         most = max(step.num_rows for step in engine.steps)
         yield compared, f"among {count} others, up to {most} rows a step", most > 1
+
+
+def again_and_again(
+    model: Model, requests: list[Request], alone: list[Answer], times: int
+) -> Iterator[tuple[Compared, str, bool]]:
+    """Among as many others that change each time, every other time those alone that may draw several tokens
+    a step. For a million rows: `--only same --again 100 --subjects 128 --watched 100`.
+    """
+    free = [index for index, request in enumerate(requests) if not request.sampling.penalises]
+    compared, most, rounds = Compared(), 0, 0
+    for turn in range(times):
+        generator = random.Random(f"again {turn}")
+        order = list(range(len(requests))) if turn % 2 == 0 else free[:]
+        generator.shuffle(order)
+        with RunningEngine(model) as engine:
+            subjects: list[int] = []
+            strangers: list[int] = []
+            for index in order:
+                subjects.append(send(engine, requests[index], salt=b"subject"))
+                other = random_prompt(
+                    model, generator.randint(1, model.max_len // 4), f"again {turn} {index}"
+                )
+                strangers.append(engine.send(other, GREEDY, max_tokens=generator.randint(1, 64)))
+            for number, index in zip(subjects, order, strict=True):
+                compared.add(alone[index].tokens, engine.answer(number).tokens)
+            for number in strangers:
+                engine.answer(number)
+        most = max(most, *(step.num_rows for step in engine.steps))
+        rounds = max(rounds, *(step.num_rounds for step in engine.steps))
+    what = f"{times} times among others, up to {most} rows a step and {rounds} tokens a row"
+    yield compared, what, times > 0 and most > 1
 
 
 def in_chunks(

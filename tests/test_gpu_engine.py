@@ -76,7 +76,7 @@ def test_all_parts_run_without_the_libraries_of_a_worker(path: Path, tmp_path: P
     assert results["stamp"]["commit"] == "abc"
     assert results["stamp"]["device"].startswith("CPU")
     same = {key: value for key, value in results.items() if key.startswith("same ")}
-    assert len(same) == 3 + 2 + 2 + 2
+    assert len(same) == 3 + 1 + 2 + 2 + 2
     assert all(value["rows"] >= 6 * 12 and value["bits"] == 0 and value["real"] for value in same.values())
     assert results["crowd tiny.gguf 3"]["output_rate"] > 0
     assert (results["crowd tiny.gguf 3"]["ahead"], results["crowd tiny.gguf 3"]["queued"]) == (0, 0)
