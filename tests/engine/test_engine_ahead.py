@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -158,6 +159,27 @@ def test_a_burst_is_as_many_tokens_as_there_is_time_for(burst_seconds: float, mo
     assert bench.engine.stop(SECONDS)
     assert max(stats.num_rounds for stats in bench.stats) == most
     assert sum(stats.num_sampled for stats in bench.stats) == 63
+
+
+@pytest.mark.parametrize(("device_seconds", "most"), [(0.0, 8), (0.02, 1)])
+def test_a_slow_host_does_more_at_once_for_a_fast_device_only(device_seconds: float, most: int):
+    """Publishing takes longer than a burst may. Where the device is fast nobody can measure a round of it."""
+    bench = Bench(max_steps=2, max_draws=8, burst_seconds=0.004)
+    publish = bench.engine._publish
+
+    def slowly(outputs: list[Output]) -> None:
+        time.sleep(0.01)
+        publish(outputs)
+
+    bench.engine._publish = slowly
+    bench.before_wait = lambda: time.sleep(device_seconds)
+    numbers = [bench.submit([n + 1] * 5, 60, min_tokens=60) for n in range(2)]
+    bench.engine.start()
+    for number in numbers:
+        assert bench.last(number).finish_reason is FinishReason.LENGTH
+        assert bench.tokens(number) == alone([number + 1] * 5, 60, seed=number, min_tokens=60)
+    assert bench.engine.stop(SECONDS)
+    assert max(stats.num_rounds for stats in bench.stats) == most
 
 
 # -- the same, whatever happens -----------------------------------------------------------------------------

@@ -11,7 +11,8 @@ when it is over. What a sequence gets is the same either way, but a command may 
 
 Bursts. Where the runner draws several tokens a row in one step, a step of decodes has as many rounds as the
 device computes in `burst_seconds`: what the host does once a step is done once for all of them. Commands wait
-for as long, and tokens come as many at a time.
+for as long, and tokens come as many at a time. Where the device waits for the host, so that nobody knows how
+long a round takes it, rounds are doubled until it does not.
 
 Faults. A step that fails ends its own sequences with ERROR and the engine goes on. A step that was launched
 behind it is waited for and dropped: those of its sequences that are left compute it again. A lost device,
@@ -46,6 +47,7 @@ from worker_orcd.narration import Narration
 from worker_orcd.sequence import FinishReason, PendingStep, RowResult, Runner, Step
 
 _MAX_FAILING_STEPS = 3
+_LATE = 0.05  # of a step's time: who waits for its results for less came when they were there
 
 Publish = Callable[[list[Output]], None]
 
@@ -200,6 +202,7 @@ class Engine:
 
     def _end_oldest(self) -> None:
         launched = self._launched.popleft()
+        asked = time.monotonic()
         try:
             results = launched.wait()
         except Exception as error:
@@ -207,16 +210,28 @@ class Engine:
             self._drop_launched()
         else:
             self._num_failing_steps = 0
+            self._learn(launched, asked)
             self._outputs += self._scheduler.update(launched.step, results)
         self._look()
         now = time.monotonic()
-        seconds = now - max(launched.begun, self._last_end)
-        if launched.step.num_tokens == len(launched.step.rows):
-            self._round_seconds = seconds / launched.step.num_rounds
-        self._observe(seconds)
+        self._observe(now - max(launched.begun, self._last_end))
         self._last_end = now
         if self._launched:  # else the device waits for the next step, which goes first
             self._flush()
+
+    def _learn(self, launched: _Launched, asked: float) -> None:
+        """How long a round of decodes takes the device, by a step that is over; `asked`: since when it was
+        waited for.
+        """
+        if launched.step.num_tokens > len(launched.step.rows):
+            return
+        now = time.monotonic()
+        seconds = now - max(launched.begun, self._last_end)
+        measured = seconds / launched.step.num_rounds
+        if now - asked >= _LATE * seconds or self._round_seconds <= 0.0:
+            self._round_seconds = measured
+        elif self._max_draws() < self._runner.max_draws:  # it was over before: the host is what takes long
+            self._round_seconds = min(self._round_seconds, measured) / 2
 
     def _receive(self, *, wait: bool) -> None:
         """Take in all commands there are; with `wait`, at least one."""
