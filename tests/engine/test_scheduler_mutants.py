@@ -280,8 +280,8 @@ MUTANTS = [
     in_plan("what is excluded is for all rounds", "and 0 < num_excluding < num_left:", "and False:"),
     in_plan(
         "more is drawn than max_tokens",
-        "min(plan.num_rounds, sequence.num_undrawn_tokens)",
-        "plan.num_rounds",
+        "min(max_rounds, sequence.num_undrawn_tokens)",
+        "max_rounds",
     ),
     in_plan(
         "a round's token is computed again",
@@ -289,14 +289,16 @@ MUTANTS = [
         "num_scheduled_tokens += num_tokens",
     ),
     in_scheduler("prompts are in rounds", "any(s.num_unscheduled_tokens != 1 for s in plan.rows)", "False"),
-    in_scheduler("rounds pass those who stay behind", "(plan.budget == 0 or", "(False or"),
+    in_scheduler("rounds pass those who stay behind", "plan.budget == 0 or any", "any"),
     in_scheduler(
         "rounds have no blocks",
-        "if most > 1 and not self._tables.extend_all(",
-        "if False and not self._tables.extend_all(",
+        "most if self._tables.extend_all(wanted, spare=len(self.running)) else 1",
+        "most",
     ),
     in_scheduler("rounds take the last blocks", "spare=len(self.running)", "spare=0"),
-    in_scheduler("a seat stays empty for rounds", "if most > 1 and self.waiting:", "if False:"),
+    in_scheduler(
+        "a seat stays empty for rounds", "if self.waiting:\n            most", "if False:\n            most"
+    ),
     in_scheduler("a row's results are another's", "end + (row.num_draws or 1)", "end + 1"),
     in_scheduler(
         "what is behind a stop counts",

@@ -311,6 +311,14 @@ def test_two_steps_under_way_give_the_tokens_of_one(
     assert len({len(tokens) for tokens in found[0].values()}) > 3
 
 
+def test_more_draws_than_the_device_takes_are_refused(runner: ModelRunner):
+    made = sequence(0, PROMPT)
+    made.num_computed_tokens = len(PROMPT) - 1
+    with pytest.raises(Internal, match="draws 2 tokens; at most 1"):
+        runner.launch(Step((Row(made, 1, len(PROMPT) - 1, num_draws=2),)))
+    runner.launch(Step((Row(made, 1, len(PROMPT) - 1, num_draws=1),))).wait()
+
+
 @pytest.mark.parametrize(("fails_at", "expected"), [("launch", Internal), ("wait", DeviceError)])
 def test_a_step_that_failed_on_the_device_is_over(
     fails_at: str, expected: type[WorkerError], drawing: tuple[ModelRunner, Drawing]

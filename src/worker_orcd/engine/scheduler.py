@@ -170,8 +170,7 @@ class Scheduler:
         self._spend_rest(plan)
         if not plan.rows:
             return None
-        plan.num_rounds = self._num_rounds(plan, max_draws)
-        step = start(plan)
+        step = start(plan, self._num_rounds(plan, max_draws))
         self._in_flight.append((step, plan))
         return step
 
@@ -296,17 +295,13 @@ class Scheduler:
 
     def _num_rounds(self, plan: StepPlan, most: int) -> int:
         """How many tokens each row can draw; those that end before draw fewer. Holds the blocks for them."""
-        if most > 1 and (plan.budget == 0 or any(s.num_unscheduled_tokens != 1 for s in plan.rows)):
+        if most == 1 or plan.budget == 0 or any(s.num_unscheduled_tokens != 1 for s in plan.rows):
             return 1  # a prompt goes on in the next step, or somebody had to stay behind
-        if most > 1:
-            most = min(most, *map(max_draws_of, plan.rows))
-        if most > 1 and self.waiting:
+        most = min(most, *map(max_draws_of, plan.rows))
+        if self.waiting:
             most = max(1, min(most, *(s.num_undrawn_tokens for s in self.running)))
-        if most > 1 and not self._tables.extend_all(
-            {s: min(most, s.num_undrawn_tokens) for s in plan.rows}, spare=len(self.running)
-        ):
-            return 1
-        return most
+        wanted = {s: min(most, s.num_undrawn_tokens) for s in plan.rows}
+        return most if self._tables.extend_all(wanted, spare=len(self.running)) else 1
 
     def _allocate(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Give a waiting sequence the blocks of its tokens, cached ones where there are any."""

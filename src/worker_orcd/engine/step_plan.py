@@ -13,8 +13,8 @@ class StepPlan:
     def __init__(self, budget: int, *, ahead: bool = False) -> None:
         self.budget = budget
         self.ahead = ahead  # behind a step that is under way
-        self.num_rounds = 1
-        self.num_tokens = 0  # of all rounds
+        self.num_rounds = 1  # of the step, once it is made
+        self.num_tokens = 0  # likewise, of all rounds
         self.rows: dict[Sequence, int] = {}  # in the order of the step
         self.num_preempted = 0
         self.prefix_query_tokens = 0
@@ -40,16 +40,17 @@ class StepPlan:
         self.budget += self.rows.pop(sequence, 0)
 
 
-def start(plan: StepPlan) -> Step:
+def start(plan: StepPlan, max_rounds: int) -> Step:
     """The step that was planned; its sequences are told that it is under way."""
     rows: list[Row] = []
     num_drawing = 0
     for sequence, num_tokens in plan.rows.items():
         previous = sequence.draw_index if sequence.num_draws_under_way else None
         samples = num_tokens == sequence.num_unscheduled_tokens
-        num_draws = min(plan.num_rounds, sequence.num_undrawn_tokens) if samples else 0
+        num_draws = min(max_rounds, sequence.num_undrawn_tokens) if samples else 0
         row = Row(sequence, num_tokens, sequence.num_scheduled_tokens, num_draws, previous)
         rows.append(row)
+        plan.num_rounds = max(plan.num_rounds, num_draws)
         plan.num_tokens += row.num_computed
         sequence.num_scheduled_tokens += row.num_computed
         sequence.num_steps_under_way += 1
@@ -57,9 +58,7 @@ def start(plan: StepPlan) -> Step:
             sequence.num_draws_under_way += num_draws
             sequence.draw_index = num_drawing
             num_drawing += 1
-    step = Step(tuple(rows))
-    plan.num_rounds = step.num_rounds  # fewer, where all end before
-    return step
+    return Step(tuple(rows))
 
 
 def max_draws_of(sequence: Sequence) -> int:

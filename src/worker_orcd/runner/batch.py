@@ -56,6 +56,7 @@ class Batch:
             raise Internal(f"a step of {num_rows} rows; 1 to {self._limits.max_rows} are allowed")
         lengths = np.array([row.num_tokens for row in step.rows], dtype=np.int64)  # (num_rows,)
         computed = np.array([row.start for row in step.rows], dtype=np.int64)
+        draws = np.array([row.num_draws for row in step.rows], dtype=np.int64)
         if lengths.min() < 1 or computed.min() < 0:
             raise Internal("a row of no tokens, or of a sequence with fewer than none computed")
         if any(len(row.sequence.block_tables) != len(self._groups) for row in step.rows):
@@ -70,12 +71,13 @@ class Batch:
         rows, offsets = _places_in_runs(lengths)  # (num_tokens,)
         positions = computed[rows] + offsets  # (num_tokens,)
         self._positions[:num_tokens] = positions
-        ever = computed + np.array([row.num_computed for row in step.rows], dtype=np.int64)
+        in_the_end = computed + lengths + np.maximum(draws - 1, 0)
         for group in range(len(self._groups)):
-            self._fill_blocks(step, group, computed, ever)
+            self._fill_blocks(step, group, computed, in_the_end)
             self._fill_slots(group, rows, positions)
-        num_logits = self._fill_logit_tokens(step, ends, every_logit)
-        num_rounds = step.num_rounds
+        wanted = np.arange(num_tokens, dtype=np.int64) if every_logit else (ends - 1)[draws > 0]
+        num_logits = self._fill_logit_tokens(wanted)
+        num_rounds = max(1, int(draws.max()))
         if num_rounds > 1 and not num_tokens == num_rows == num_logits:
             raise Internal("a row of many tokens, or that draws none, in a step of several rounds")
         self._num_draws = 0 if every_logit else num_logits
@@ -122,12 +124,7 @@ class Batch:
         blocks = self._block_tables[group, rows, positions // block_size].astype(np.int64)
         self._slots[group, : len(positions)] = blocks * block_size + positions % block_size
 
-    def _fill_logit_tokens(self, step: Step, ends: Ints, every_logit: bool) -> int:
-        wanted: Ints = ends - 1
-        if every_logit:
-            wanted = np.arange(int(ends[-1]), dtype=np.int64)
-        else:
-            wanted = wanted[np.array([row.samples for row in step.rows])]
+    def _fill_logit_tokens(self, wanted: Ints) -> int:
         if len(wanted) > len(self._logit_tokens):
             raise Internal(f"{len(wanted)} logits wanted; at most {len(self._logit_tokens)} are allowed")
         self._logit_tokens[: len(wanted)] = wanted

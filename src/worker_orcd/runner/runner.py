@@ -79,9 +79,10 @@ class ModelRunner:
     def _fill(self, step: Step, most: int, *, every_logit: bool) -> Counts:
         if len(self._under_way) >= most:
             raise Internal(f"a step was launched while {len(self._under_way)} were under way")
-        if step.num_rounds > self.max_draws:
-            raise Internal(f"a row draws {step.num_rounds} tokens; at most {self.max_draws} are allowed")
-        return self._batch.fill(step, every_logit=every_logit)
+        counts = self._batch.fill(step, every_logit=every_logit)
+        if counts.num_rounds > self.max_draws:
+            raise Internal(f"a row draws {counts.num_rounds} tokens; at most {self.max_draws} are allowed")
+        return counts
 
     def _draw_here(self, counts: Counts, draws: Sequence[Draw | None]) -> Sequence[RowResult]:
         logits = iter(self._compiled(counts).numpy())
