@@ -33,11 +33,11 @@ from worker_orcd.kernels.backend import CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIM
 from worker_orcd.kernels.cuda.expert_products import (
     MAX_PAIR_TOKENS,
     ExpertProducts,
-    can_stream,
     choose_expert_tile,
     choose_width,
 )
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, pack_experts
+from worker_orcd.kernels.cuda.streaming import can_stream
 from worker_orcd.kernels.cuda.variants import FORMATS, Tile
 from worker_orcd.kernels.cuda.weights import Uploader
 from worker_orcd.quant import BY_NAME

@@ -34,12 +34,12 @@ from gpu_weights import packed_tiles, random_rows
 from worker_orcd.kernels.backend import Matrix
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.launch import Products
+from worker_orcd.kernels.cuda.streaming import tile_for
 from worker_orcd.kernels.cuda.variants import (
     FORMATS,
     Shape,
     Tile,
     Variant,
-    choose_tile,
     compile_variant,
     most_split_tokens,
     shape_of,
@@ -137,7 +137,7 @@ def correct_variants(session: Session) -> Iterator[Variant]:
         for n, k in ragged(name):
             shape = shape_of(name, n, k)
             for tokens in CHECKED_TOKENS:
-                yield Variant(shape=shape, tile=choose_tile(shape, n, tokens, session.capability))
+                yield Variant(shape=shape, tile=tile_for(shape, n, tokens, session.capability))
 
 
 def check_correct(session: Session) -> None:
@@ -221,7 +221,7 @@ def same_variants(session: Session) -> Iterator[Variant]:
             for tile in tiles(shape):
                 yield Variant(shape=shape, tile=tile)
             for tokens in BATCHES:
-                yield Variant(shape=shape, tile=choose_tile(shape, n, tokens, session.capability))
+                yield Variant(shape=shape, tile=tile_for(shape, n, tokens, session.capability))
 
 
 def check_same(session: Session) -> None:
@@ -287,7 +287,7 @@ def speed_variants(session: Session) -> Iterator[Variant]:
             for n, k in shapes_of(name, shapes):
                 shape = shape_of(name, n, k)
                 for tokens in counts:
-                    yield Variant(shape=shape, tile=choose_tile(shape, n, tokens, session.capability))
+                    yield Variant(shape=shape, tile=tile_for(shape, n, tokens, session.capability))
 
 
 class Rotation:

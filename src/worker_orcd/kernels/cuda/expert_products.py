@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,10 +17,10 @@ import torch
 from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernel, Kernels
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts
+from worker_orcd.kernels.cuda.streaming import can_stream
 from worker_orcd.kernels.cuda.variants import Epilogue, Shape, Tile, Variant, choose_tile, tile_of_width
 
 MAX_PAIR_TOKENS = 8  # from more on, an expert's weights would be read too often: see `goes_by_pairs`
-STREAM_CAPABILITY, STREAM_TRITON = 90, "3.6."  # what `expert_stream` was checked with
 LONGEST_STREAM = 4096  # columns
 _MOST_AHEAD, _MORE_AHEAD = 5, 15  # steps on their way to registers; more where programs are few
 _FEW_PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -128,15 +126,6 @@ def choose_width(pairs: int, num_experts: int) -> int:
 def goes_by_pairs(tokens: int, slots: int, num_experts: int) -> bool:
     """Whether a step is not sorted: hardly an expert is chosen twice. Measured, see docs/perf/gpu.md."""
     return tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * tokens * slots <= num_experts)
-
-
-@cache
-def can_stream(capability: int) -> bool:
-    """Whether there is `expert_stream`: Gluon is an experiment of Triton's, which changes with it."""
-    try:
-        return capability == STREAM_CAPABILITY and version("triton").startswith(STREAM_TRITON)
-    except PackageNotFoundError:
-        return False
 
 
 def choose_expert_tile(

@@ -9,13 +9,13 @@ import torch
 from worker_orcd.kernels.backend import AttentionParams, Glu
 from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import OVERLAPPING_TOKENS, Kernels
+from worker_orcd.kernels.cuda.streaming import tile_for
 from worker_orcd.kernels.cuda.variants import (
     MAX_SPLIT_TOKENS,
     Epilogue,
     Store,
     Tile,
     Variant,
-    choose_tile,
     most_split_tokens,
 )
 from worker_orcd.kernels.cuda.weights import PackedMatrix
@@ -116,7 +116,7 @@ class Products:
             raise ValueError("a gated unit needs a weight of gates and what goes with them, and no residual")
         if out.shape != (tokens, _columns(weight, glu, heads)):
             raise ValueError(f"{tokens} tokens, a weight of {n} rows: out is {tuple(out.shape)}")
-        tile = tile or choose_tile(weight.shape, n, tokens, self._kernels.capability)
+        tile = tile or tile_for(weight.shape, n, tokens, self._kernels.capability)
         if tile.split and weight.shape.chunks * tokens * n > len(self._partials):
             raise ValueError(f"a split product of {tokens} tokens needs more scratch memory: see reserve")
         epilogue = Epilogue(

@@ -75,7 +75,7 @@ class Tile:
     stages: int  # steps in flight
     split: bool = False  # a program a chunk
     unroll: int = 1  # steps at a time: divides those of a chunk
-    ahead: int = 0  # of experts: steps on their way to registers, see `expert_stream`; divides a chunk's
+    ahead: int = 0  # steps on their way to registers, see `linear_stream`, `expert_stream`
 
     def flight(self, chunks: int) -> int:
         """How many parts of a split product are loaded at a time, to be added up."""
@@ -158,7 +158,8 @@ class Variant:
             "ROTATED": store is not None and store.rotated,
         }
 
-    def kernel(self) -> Kernel:
+    def _arguments(self) -> dict[str, str]:
+        """The kernel's, and their types."""
         words = _DTYPES.get(self.shape.format, "*u16")
         high = "*u16" if self.shape.layout.high_bits else words
         arguments = {
@@ -169,6 +170,12 @@ class Variant:
         }  # fmt: skip
         if self.epilogue.store is not None and self.epilogue.store.fp8:
             arguments["cache"] = "*u8"
+        return arguments
+
+    def kernel(self) -> Kernel:
+        arguments = self._arguments()
+        if self.tile.ahead:
+            return self._streamed(arguments)
         aligned = ("n",) if self.odd_stride else ("n", "stride")
         return Kernel(
             module="linear",
@@ -188,6 +195,25 @@ class Variant:
             stages=self.tile.stages,
             # A gated unit has the bits that `elementwise` gives it, a rotated head those of `rope`.
             fused=self.epilogue.glu is None and self.epilogue.store is None,
+        )
+
+    def _streamed(self, arguments: dict[str, str]) -> Kernel:
+        constants: dict[str, Any] = {}
+        for name, value in self.constants().items():
+            if name not in ("SPLIT", "TOKENS", "STAGES", "UNROLL", "PORTABLE"):
+                constants[name] = value
+            if name == "ROWS":
+                constants["AHEAD"] = self.tile.ahead
+        return Kernel(
+            module="linear_stream",
+            function="stream",
+            arguments=tuple(arguments.items()),
+            constants=(*constants.items(), *self._heads().items(), ("OVERLAP", self.overlap)),
+            aligned=("n", "stride") if self.shape.aligned and not self.odd_stride else (),
+            loose=("positions", "slots"),
+            warps=self.tile.warps,
+            fused=self.epilogue.glu is None and self.epilogue.store is None,
+            gluon=True,
         )
 
 
