@@ -141,19 +141,42 @@ class Executor:
 
     def start(self, counts: Counts) -> torch.Tensor:
         """Queue a step on the current stream. The result: (num_logits, vocab_size) float32, on the device."""
-        self._staging.copy(counts, bucket_for(counts, self.buckets))
+        self.stage(counts)
         return self.again(counts)
+
+    def stage(self, counts: Counts) -> None:
+        """Queue the copy of a step's inputs to the device."""
+        self._staging.copy(counts, bucket_for(counts, self.buckets))
 
     def again(self, counts: Counts) -> torch.Tensor:
         """Queue a step on what the inputs on the device are by then."""
         bucket = bucket_for(counts, self.buckets)
         graph = self._graph(bucket) if self._use_graphs else None
-        if graph is not None:
-            graph.replay()
-        else:
-            for launch in self._of(bucket):
-                launch()
+        if graph is None:
+            return self.launched(counts)
+        graph.replay()
         return self._arena.view(self._result, bucket)[: counts.num_logits]
+
+    def launched(self, counts: Counts) -> torch.Tensor:
+        """As `again`, kernel by kernel."""
+        bucket = bucket_for(counts, self.buckets)
+        for launch in self._of(bucket):
+            launch()
+        return self._arena.view(self._result, bucket)[: counts.num_logits]
+
+    def captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        """What `work` launches as a graph, in which `launched` is part of it; None where there are no graphs.
+
+        Kernels are loaded onto the device at their first launch: all of them have been launched before.
+        """
+        if not self._use_graphs:
+            return None
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        self._launches.clear()
+        return graph
 
     def warm(
         self,
@@ -191,19 +214,14 @@ class Executor:
             self._launches[bucket] = found
         return found
 
-    def _graph(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
+    def _graph(self, bucket: Bucket) -> torch.cuda.CUDAGraph | None:
         found = self._graphs.get(bucket)
         if found is None:
             launches = self._of(bucket)
-            # Once outside of a graph: kernels are loaded onto the device at their first launch. Computing a
-            # step twice gives the same result.
+            # Once outside of a graph, to load the kernels. Computing a step twice gives the same result.
             for launch in launches:
                 launch()
-            torch.cuda.current_stream().synchronize()
-            found = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(found, pool=self._pool):
-                for launch in launches:
-                    launch()
-            del self._launches[bucket]
-            self._graphs[bucket] = found
+            found = self.captured(lambda: [launch() for launch in launches])
+            if found is not None:
+                self._graphs[bucket] = found
         return found
