@@ -22,6 +22,7 @@ from worker_orcd.kernels.cuda.attend import (
     Cut,
     attend_kernel,
     choose_tile,
+    num_splits,
     pieces,
 )
 from worker_orcd.kernels.cuda.cache_type import FP8, KEY_SCALE, NATIVE_FP8
@@ -151,7 +152,7 @@ def test_a_launch_depends_on_the_bucket_alone(tokens: int, rows: int) -> None:
     [(kernel, grid, arguments)] = kernels.launches
     constants = dict(kernel.constants)
     assert (constants["ROWS"], constants["HEADS"], constants["D0"], constants["D1"]) == (rows, 8, 64, 0)
-    assert grid == (132 * 128 // rows, 1, 1) and constants["SINKS"] is False
+    assert grid == (min(132 * 128 // rows, 6 * tokens), 1, 1) and constants["SINKS"] is False
     named = dict(zip([name for name, _ in kernel.arguments], arguments, strict=True))
     assert named["values"] == 4 * 2 * 16 * 64 and named["block_stride"] == 2 * 16 * 64
     with pytest.raises(ValueError, match=r"queries of torch\.float32"):
@@ -222,6 +223,29 @@ def test_tiles_and_costs_are_for_the_caller_to_say() -> None:
     constants = dict(kernel.constants)
     assert (constants["QUERIES"], constants["START"], constants["SPLITTING"]) == (32, 1.0, 1e9)
     assert arguments[-1] == tile.programs * kernels.multiprocessors
+
+
+def test_splits_are_those_of_the_kernel() -> None:
+    def start(split: int) -> int:
+        near, far = max(split * 128, split * 256 - 1024), max(split * 512 - 6144, split * 1024 - 28672)
+        return max(near, far, split * 2048 - 122880)
+
+    starts = [start(split) for split in range(200)]
+    for context in (0, 1, 128, 129, 1024, 1025, 4096, 6144, 12289, 65_536, 131_072):
+        assert num_splits(context) == max(1, sum(first < context for first in starts))
+
+
+@pytest.mark.parametrize(("tokens", "programs"), [(1, 6), (3, 18), (200, 264)])
+def test_a_layer_of_few_tokens_has_no_more_programs_than_work(tokens: int, programs: int) -> None:
+    kernels = Recorder()
+    attention = Attention(kernels, LIMITS)  # 320 tokens a row: 3 splits
+    kind = params(8, 2, 64)
+    attention.reserve(kind)
+    q = torch.zeros(tokens, 512, dtype=torch.float16)
+    cache = LayerCache(torch.zeros(2, 4, 2, 16, 64, dtype=torch.float16))
+    attention.run(q, cache, inputs(), q.clone(), kind, None)
+    [(_, grid, _)] = kernels.launches
+    assert grid == (programs, 1, 1)
 
 
 def test_a_scale_must_be_positive() -> None:

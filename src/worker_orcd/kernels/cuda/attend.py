@@ -112,6 +112,13 @@ def pieces(columns: int, *, padded: bool) -> tuple[int, int]:
     return (2 * first, 0) if rest and padded else (first, rest)
 
 
+def num_splits(context: int) -> int:
+    """Of a row of so many keys, at least one: see `attention.split_of`."""
+    last = max(0, context - 1)
+    near, far = min(last // 128, (last + 1024) // 256), min((last + 6144) // 512, (last + 28672) // 1024)
+    return min(near, far, (last + 122880) // 2048) + 1
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What a list of work depends on, beside the step."""
@@ -178,6 +185,10 @@ class Attention:
         programs = tile.programs * self._kernels.multiprocessors
         return _Plan(cut.params.window or 0, cut.lanes, cut.queries, programs)
 
+    def _with_work(self, plan: _Plan, tokens: int) -> int:
+        """Programs of a layer: no more than a step of so many tokens can have work for."""
+        return min(plan.programs, tokens * num_splits(self._limits.longest) * plan.lanes)
+
     def plans(self, inputs: BatchInputs, tokens: int) -> list[Callable[[], None]]:
         """What a step of up to `tokens` launches before its layers, once for each kind of them."""
         kinds = sorted(self._kinds, key=repr)
@@ -236,9 +247,10 @@ class Attention:
                 sinks=sinks is not None, native=self._kernels.capability >= NATIVE_FP8,
                 overlap=overlap, ahead=self._kernels.overlap.ahead if overlap else 0,
             ),
-            (plan.programs, 1, 1), q, keys_values, table, self._work[plan], out if sinks is None else sinks,
-            out, self._parts, self._sums, self._counters, params.scale / (KEY_SCALE if fp8 else 1.0),
-            keys_values.stride(0), keys_values.stride(1), q.stride(0), table.stride(0),
+            (self._with_work(plan, len(q)), 1, 1),
+            q, keys_values, table, self._work[plan], out if sinks is None else sinks, out, self._parts,
+            self._sums, self._counters, params.scale / (KEY_SCALE if fp8 else 1.0), keys_values.stride(0),
+            keys_values.stride(1), q.stride(0), table.stride(0),
         )  # fmt: skip
         return out
 
