@@ -41,7 +41,7 @@ from worker_orcd.kernels.cpu.reference import ReferenceBackend
 from worker_orcd.kernels.cuda.backend import CudaBackend
 from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels
 from worker_orcd.kernels.cuda.step import CudaStep
-from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.draw import Draws
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import load_weights
@@ -235,10 +235,10 @@ def check_draws(session: Session, name: str, runner: ModelRunner, prompts: list[
     for number, one in enumerate(sequences):
         one.sampling = SamplingParams(seed=number, **DRAWS[number % len(DRAWS)])
     drawn = runner.launch(Step(tuple(Row.of(one, 1) for one in sequences))).wait()
-    host = Sampler(runner.vocab_size)
+    host, draws = Sampler(runner.vocab_size), Draws(runner.vocab_size)
     wrong = sum(
         not isinstance(found, SampledToken)
-        or not isinstance(wanted := host.sample(row, Draw.of(Row.of(one, 1))), SampledToken)
+        or not isinstance(wanted := host.sample(row, draws.of(Row.of(one, 1))), SampledToken)
         or found.token_id != wanted.token_id
         for found, row, one in zip(drawn, logits, sequences, strict=True)
     )

@@ -4,12 +4,14 @@ Drawing tokens on a GPU: the host sampler's tokens, the same whatever else is dr
     python benchmarks/gpu_sampling.py                       # everything, about a minute and a half
     python benchmarks/gpu_sampling.py --only correct same
     python benchmarks/gpu_sampling.py --codegen             # what the compiler makes of it; needs no GPU
+    python benchmarks/gpu_sampling.py --host                # what penalties cost the host; likewise
 
-Needs a GPU, torch, triton and numpy, and no network. Checks come first: tens of thousands of draws, plain and
-filtered, penalised and biased, with log probabilities, beside `runner.sampler.Sampler` on the same logits;
-then rows alone against the same rows among others, under every set of kernels. Then figures: microseconds of
-a step's draws in a CUDA graph, over rotating logits, and what the host spends on a step. All of it goes to a
-JSON file as it comes; a short table is printed last.
+Needs a GPU, torch, triton and numpy, and no network. Checks come first: tens of thousands of draws, plain
+and filtered, penalised and biased, with log probabilities, beside `runner.sampler.Sampler` on the same
+logits, some behind tokens that only the device knows (`gpu_counted`); then rows alone against the same rows
+among others, under every set of kernels. Then figures: microseconds of a step's draws in a CUDA graph, over
+rotating logits, and what the host spends on a step. All of it goes to a JSON file as it comes; a short table
+is printed last.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +36,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import gpu_counted
 from gpu_codegen import assembled
 from gpu_timing import LARGER_THAN_L2, copy_bandwidth, graph_microseconds, stamp
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels, compile_kernel
-from worker_orcd.kernels.cuda.draw_slab import Wanted
+from worker_orcd.kernels.cuda.draw_slab import MAX_DRAWS, Wanted
 from worker_orcd.kernels.cuda.sampler import DeviceSampler, sampling_kernels
 from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.entries import Entries
 from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import RowResult, SampledToken, SamplingParams
 
@@ -46,6 +51,7 @@ VOCAB = 201088
 VOCABS = (VOCAB, 151936, 50257, 1000)
 MAX_ROWS = 256
 CHECKED_ROWS = 64
+ROUNDS = 3  # of steps behind tokens that the host does not know
 KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     "plain": ({}, {"temperature": 0.6}, {"temperature": 1.7}, {"temperature": 0.0}),
     "filtered": (
@@ -71,12 +77,13 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "logprobs": ({"logprobs": 20}, {"logprobs": 0, "top_p": 0.9}, {"logprobs": 5, "temperature": 0.0}),
 }
+UNKNOWN = "and one that is unknown"
 EVERY_SET = (
     Wanted(),
     Wanted(filters=True),
     Wanted(logprobs=True),
-    Wanted(adjusts=True),
-    Wanted(adjusts=True, filters=True, logprobs=True),
+    Wanted(adjusts=True, counts=True),
+    Wanted(adjusts=True, counts=True, filters=True, logprobs=True),
 )
 
 
@@ -158,12 +165,17 @@ def draw_of(params: dict[str, Any], seed: int, vocab: int, history: int = 200) -
     penalised = "repetition_penalty" in params
     excluded = rng.integers(0, vocab, 3).tolist() if penalised and seed % 5 == 0 else ()
     bias = tuple((token, value) for token, value in params.get("logit_bias", ()) if token < vocab)
+    made = SamplingParams(**(params | {"seed": int(rng.integers(2**63)), "logit_bias": bias}))
+    position = int(rng.integers(1, 10_000))
+    entries = Entries(made, history // 2, vocab)
+    if penalised:
+        entries.take_in(rng.integers(0, min(vocab, 3000), history).tolist())
+    there = made.penalises or made.logit_bias
     return Draw(
-        params=SamplingParams(**(params | {"seed": int(rng.integers(2**63)), "logit_bias": bias})),
-        position=int(rng.integers(1, 10_000)),
+        params=made,
+        position=position,
         excluded=frozenset(excluded),
-        token_ids=rng.integers(0, min(vocab, 3000), history) if penalised else None,
-        num_prompt_tokens=history // 2,
+        entries=entries if there else None,
     )
 
 
@@ -198,6 +210,13 @@ def on_host(file: str, row: int, draws: Sequence[Draw]) -> list[RowResult]:
     line = np.array(logits[row])
     sampler = Sampler(len(line))
     return [sampler.sample(line, draw) for draw in draws]
+
+
+def on_host_behind(file: str, row: int, all_rows: Sequence[gpu_counted.Behind]) -> list[RowResult]:
+    """As `on_host`, every draw of rows that lie behind others."""
+    torch.set_num_threads(1)
+    line = np.array(np.load(file, mmap_mode="r")[row])
+    return [result for behind in all_rows for result in gpu_counted.on_host(line, behind)]
 
 
 def difference(device: RowResult, host: RowResult) -> str | None:
@@ -256,8 +275,31 @@ def check_correct(session: Session) -> None:
                 if not np.array_equal(on_device.cpu().numpy().view(np.int32), logits.view(np.int32)):
                     session.fail(f"DIFFERS {vocab} {kind}: the logits were changed")
                 session.save("correct", counts)
+            counts[str(vocab)]["unknown"] = check_unknown(session, sampler, on_device, file, pool)
+            session.save("correct", counts)
             told = [f"{kind} {bad} of {of}" for kind, (of, bad) in counts[str(vocab)].items()]
             session.say(f"{vocab}: draws that differ: {', '.join(told)}")
+
+
+def check_unknown(
+    session: Session, sampler: DeviceSampler, logits: torch.Tensor, file: str, pool: ProcessPoolExecutor
+) -> tuple[int, int]:
+    """Draws in rounds, behind tokens that only the device knows: how many, and how many differ."""
+    vocab, rows = sampler.vocab_size, len(logits)
+    steps = max(1, session.args.draws // (rows * ROUNDS))
+    behind = [gpu_counted.rows_behind(KINDS["adjusted"], rows, vocab, seed, ROUNDS) for seed in range(steps)]
+    host = pool.map(on_host_behind, [file] * rows, range(rows), zip(*behind, strict=True))
+    device = [
+        gpu_counted.on_device(sampler, logits, of_step, ROUNDS, seed) for seed, of_step in enumerate(behind)
+    ]
+    compared, different = 0, list[str]()
+    for row, results in enumerate(host):
+        found = [one for step in device for one in step[row]]
+        compared += len(found)
+        different += [what for a, b in zip(found, results, strict=True) if (what := difference(a, b))]
+    if different:
+        session.fail(f"DIFFERS {vocab} unknown: {len(different)} of {compared}, {different[:3]}")
+    return compared, len(different)
 
 
 # -- the same tokens ---------------------------------------------------------------------------------------
@@ -288,6 +330,18 @@ def check_same(session: Session) -> None:
                 compared += len(plain)
                 found = step(sampler, rows, seeds, wanted)
                 differing += sum(a != b for a, b in zip(found, expected, strict=True))
+        behind = gpu_counted.rows_behind(kinds, len(pool), vocab, 9, MAX_DRAWS)
+        apart = [
+            gpu_counted.on_device(sampler, logits[i : i + 1], [row], MAX_DRAWS, i)[0]
+            for i, row in enumerate(behind)
+        ]
+        for batch in (17, 64, 256):
+            order = np.random.default_rng(batch).integers(0, len(pool), batch)
+            rows = logits[torch.from_numpy(order).cuda()]
+            found = gpu_counted.on_device(sampler, rows, [behind[i] for i in order], MAX_DRAWS, batch)
+            for i, one in zip(order, found, strict=True):
+                compared += len(one)
+                differing += sum(a != b for a, b in zip(apart[i], one, strict=True))
     session.save("same", {"compared": compared, "differing": differing})
     session.say(f"{compared} draws alone and among others: {differing} differ")
     if differing:
@@ -314,6 +368,7 @@ def measured() -> Iterator[tuple[str, dict[str, Any], float]]:
     yield "k 5000, p 0.95: whole rows", {"top_k": 5000, "top_p": 0.95}, 0
     yield "5 log probabilities", {"logprobs": 5}, 0
     yield "penalties, 1000 ids", {"repetition_penalty": 1.1, "presence_penalty": 0.5}, 0
+    yield UNKNOWN, {"repetition_penalty": 1.1, "presence_penalty": 0.5}, 0
 
 
 def measure(session: Session) -> None:
@@ -332,7 +387,10 @@ def measure(session: Session) -> None:
             # A single row's stay in the L2 cache, as those that a model has just computed do.
             copies = max(2, min(40, LARGER_THAN_L2 // (4 * rows * VOCAB)))
             logits = [peaked(rows, VOCAB, seed) for seed in range(copies)]
-            wanted = sampler.prepare([draw_of(params, i, VOCAB, 1000) for i in range(rows)])
+            draws = [draw_of(params, i, VOCAB, 1000) for i in range(rows)]
+            if name == UNKNOWN:
+                draws = [replace(draw, num_unknown=1) for draw in draws]
+            wanted = sampler.prepare(draws)
             sampler.upload()
             torch.cuda.synchronize()
             times[rows] = graph_microseconds([partial(sampler.launch, one, wanted) for one in logits], 20.0)
@@ -388,6 +446,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--codegen", action="store_true", help="compile and inspect, without a GPU")
+    parser.add_argument("--host", action="store_true", help="what penalties cost the host, without a GPU")
     parser.add_argument("--draws", type=int, default=2048, help="of a kind and a vocabulary, compared")
     parser.add_argument("--out", type=Path, default=Path("gpu_sampling.json"))
     parser.add_argument("--commit", help="default: ask git")
@@ -400,6 +459,9 @@ def main() -> None:
     args = arguments()
     if args.codegen:
         inspect_all()
+    if args.host:
+        gpu_counted.tell_host()
+        return
     session = Session(args)
     session.say(str(session.results["stamp"]))
     session.compile()

@@ -44,7 +44,7 @@ class FinishReason(enum.Enum):
     ERROR = "error"
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True, weakref_slot=True)
 class Sequence:
     """One token sequence being computed. Owned by the scheduler; the runner only reads it."""
 

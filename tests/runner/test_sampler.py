@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from worker_orcd.errors import Internal, InvalidParameter
-from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.draw import Draw, Draws
+from worker_orcd.kernels.entries import Entries
 from worker_orcd.runner.philox import uniform
 from worker_orcd.runner.sampler import Sampler, falling, invert
 from worker_orcd.sequence import Row as SequenceRow
@@ -27,17 +30,14 @@ def random_row(seed: int, size: int = VOCAB, spread: float = 3.0) -> Row:
 
 
 def draw_of(token_ids: list[int] | None = None, prompt: int = 1, position: int = 9, **params: Any) -> Draw:
-    return Draw(
-        params=SamplingParams(**params),
-        position=position,
-        excluded=frozenset(),
-        token_ids=None if token_ids is None else np.array(token_ids),
-        num_prompt_tokens=prompt,
-    )
+    made = SamplingParams(**params)
+    entries = Entries(made, prompt, VOCAB)
+    entries.take_in(token_ids or [])
+    return Draw(params=made, position=position, excluded=frozenset(), entries=entries)
 
 
 def draw_of_next(sequence: Sequence) -> Draw:
-    return Draw.of(SequenceRow.of(sequence, sequence.num_uncomputed_tokens))
+    return Draws(VOCAB).of(SequenceRow.of(sequence, sequence.num_uncomputed_tokens))
 
 
 def sampled(row: Row, draw: Draw) -> SampledToken:
@@ -114,13 +114,8 @@ def test_presence_and_frequency_count_the_output_only():
 
 def test_penalties_come_before_the_bias_and_exclusion_after_both():
     row = np.array([4.0, 3.9, -1.0, 0.0], dtype=np.float32)
-    draw = Draw(
-        params=SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=((0, 1.0), (3, 100.0))),
-        position=3,
-        excluded=frozenset({3, 99}),
-        token_ids=np.array([0, 2]),
-        num_prompt_tokens=2,
-    )
+    params = {"temperature": 0.0, "repetition_penalty": 2.0, "logit_bias": ((0, 1.0), (3, 100.0))}
+    draw = replace(draw_of([0, 2], 2, **params), excluded=frozenset({3, 99}))
     np.testing.assert_allclose(Sampler(4).adjusted(row, draw), [3.0, 3.9, -2.0, -np.inf], rtol=1e-6)
     assert sampled(row, draw).token_id == 1
 
@@ -149,42 +144,70 @@ def test_stop_tokens_are_excluded_before_min_tokens():
     assert sampled(row, draw_of_next(sequence)).token_id == best
 
 
-def test_a_draw_is_a_copy_of_what_it_needs():
-    sequence = Sequence(
-        id=1,
-        token_ids=[1, 2],
-        max_tokens=9,
-        stop_token_ids=frozenset(),
-        sampling=SamplingParams(presence_penalty=1.0),
-    )
-    draw = draw_of_next(sequence)
-    sequence.token_ids.append(5)
-    assert draw.position == 2
-    assert draw.token_ids is not None
-    assert draw.token_ids.tolist() == [1, 2]
-
-
-def test_a_draw_may_be_made_before_the_token_in_front_of_it():
-    """What depends on how many tokens there are is known; what depends on which they are is refused."""
-    sequence = Sequence(
+def penalised(**params: Any) -> Sequence:
+    return Sequence(
         id=1,
         token_ids=[1, 2],
         max_tokens=9,
         stop_token_ids=frozenset({7}),
-        sampling=SamplingParams(),
+        sampling=SamplingParams(**params),
         min_tokens=2,
     )
+
+
+def test_a_draw_does_not_change_with_its_sequence():
+    sequence = penalised(presence_penalty=1.0)
+    draw = draw_of_next(sequence)
+    sequence.token_ids.append(5)
+    assert draw.position == 2
+    assert draw.entries is not None
+    assert draw.entries.records["id"].tolist() == [1, 2]
+
+
+def test_a_sequence_keeps_its_entries_and_leaves_none_behind():
+    draws, row = Draws(VOCAB), random_row(9)
+    sequence = penalised(frequency_penalty=0.5)
+    for token_id in (5, 5, 2):
+        draw = draws.of(SequenceRow.of(sequence, sequence.num_uncomputed_tokens))
+        alone = draw_of(sequence.token_ids, 2, frequency_penalty=0.5)
+        np.testing.assert_array_equal(
+            Sampler(VOCAB).adjusted(row, replace(draw, excluded=frozenset())),
+            Sampler(VOCAB).adjusted(row, alone),
+        )
+        assert draw.entries is not None
+        entries = weakref.ref(draw.entries)
+        sequence.token_ids.append(token_id)
+    assert draws.of(SequenceRow.of(sequence, 5)).entries is entries()
+    del sequence, draw
+    assert entries() is None
+
+
+def test_a_draw_may_be_made_before_the_token_in_front_of_it():
+    """What depends on how many tokens there are is known; which they are is left to the device."""
+    sequence = penalised()
+    of = Draws(VOCAB).of
     ahead = [SequenceRow(sequence, 1, 2 + n, num_draws=1, previous_draw=0) for n in range(2)]
     sequence.token_ids.append(5)
-    assert Draw.of(ahead[0]) == draw_of_next(sequence)
-    assert [draw.position for draw in map(Draw.of, ahead)] == [3, 4]
-    assert [draw.excluded for draw in map(Draw.of, ahead)] == [{7}, frozenset()]
+    assert of(ahead[0]) == draw_of_next(sequence)
+    assert [of(row).position for row in ahead] == [3, 4]
+    assert [of(row).excluded for row in ahead] == [{7}, frozenset()]
     several = SequenceRow(sequence, 1, 2, num_draws=3)
-    assert Draw.of(several).count == 3
-    sequence.sampling = SamplingParams(frequency_penalty=0.1)
-    for row in (ahead[0], several):
-        with pytest.raises(Internal, match="before its last token was known"):
-            Draw.of(row)
+    assert of(several).count == 3 and of(several).num_uncounted == 0
+
+
+def test_a_draw_with_penalties_says_which_tokens_are_not_known():
+    sequence = penalised(frequency_penalty=0.1)
+    of = Draws(VOCAB).of
+    ahead = SequenceRow(sequence, 1, 4, num_draws=2, previous_draw=6)  # behind a step that draws three
+    draw = of(ahead)
+    assert (draw.num_unknown, draw.previous, draw.count, draw.num_uncounted) == (3, 6, 2, 4)
+    sequence.token_ids += [5, 6, 7]
+    draw = of(SequenceRow(sequence, 1, 4, num_draws=1))
+    assert (draw.num_unknown, draw.num_uncounted) == (0, 0)
+    with pytest.raises(Internal, match="2 tokens that no step draws"):
+        of(SequenceRow(sequence, 1, 6, num_draws=1))
+    with pytest.raises(Internal, match="4 tokens that are not known"):
+        Sampler(VOCAB).sample(random_row(1), replace(draw, num_unknown=3, count=2))
 
 
 # -- what is kept ------------------------------------------------------------

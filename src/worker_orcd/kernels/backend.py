@@ -165,7 +165,8 @@ class DrawingForward(CompiledForward, Protocol):
 
         Two steps may be under way, waited for in order. The input buffers may be filled for the second once
         `launch` has returned. Its `token_ids` may be negative: -1 - i is the token that draw i of the first,
-        None not counted, will have given last.
+        None not counted, will have given last. So a draw may say that tokens before it are unknown: those
+        that the first draws for it. Penalties count them where they are, and those of rounds before.
         """
         ...
 

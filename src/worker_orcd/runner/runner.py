@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from worker_orcd.config import EngineConfig
 from worker_orcd.errors import EngineError, Internal, OutOfMemory
 from worker_orcd.kernels.backend import Backend, BatchInputs, Counts, DrawingForward, Tensor
-from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.draw import Draw, Draws
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.runner.batch import Batch
 from worker_orcd.runner.kv_cache import allocate_kv_cache
@@ -49,6 +49,7 @@ class ModelRunner:
         self._batch = Batch(inputs, self.limits, plan.kv_groups, vocab_size=config.vocab_size)
         self._compiled = compiled = backend.compile(forward, inputs, self.limits)
         self._drawing = compiled if isinstance(compiled, DrawingForward) else None
+        self._draws = Draws(config.vocab_size)
         self._sampler = Sampler(config.vocab_size)
         self.max_steps = 1 if self._drawing is None else 2
         self.max_draws = 1 if self._drawing is None else self._drawing.max_draws
@@ -57,7 +58,7 @@ class ModelRunner:
     def launch(self, step: Step) -> PendingStep:
         """Copy what the step needs; its sequences may change afterwards. Raises EngineError."""
         counts = self._fill(step, self.max_steps, every_logit=False)
-        draws = (Draw.of(row) if row.samples else None for row in step.rows)
+        draws = (self._draws.of(row) if row.samples else None for row in step.rows)
         with _in_our_terms():
             if self._drawing is None:
                 wait = partial(self._draw_here, counts, list(draws))

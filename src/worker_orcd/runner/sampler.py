@@ -21,11 +21,14 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_orcd.kernels.draw import Draw, TokenIds, bias_outside, no_numbers, none_left
+from worker_orcd.errors import Internal
+from worker_orcd.kernels.draw import Draw, bias_outside, no_numbers, none_left
+from worker_orcd.kernels.entries import SEEN
 from worker_orcd.runner.philox import uniform
 from worker_orcd.sequence import RowFailure, SampledToken, SamplingParams
 
 Logits = NDArray[np.float32]  # (vocab_size,)
+TokenIds = NDArray[np.int64]
 
 _BIN_BITS = 12  # top-p: similar values share a bin
 _RUN = 512  # weights in a run of `invert`
@@ -43,7 +46,12 @@ class Sampler:
         self._bins = np.empty(vocab_size, np.int64)
 
     def sample(self, logits: Logits, draw: Draw) -> SampledToken | RowFailure:
-        """The next token of one sequence. `logits` is (vocab_size,), contiguous, and is not written to."""
+        """The next token of one sequence. `logits` is (vocab_size,), contiguous, and is not written to.
+
+        Raises Internal where a penalty asks for a token that is not known.
+        """
+        if draw.num_uncounted:
+            raise Internal(f"penalties ask for {draw.num_uncounted} tokens that are not known")
         if any(not 0 <= token_id < len(logits) for token_id, _bias in draw.params.logit_bias):
             return bias_outside(len(logits))
         with np.errstate(all="ignore"):  # infinities and NaN are looked for below
@@ -71,18 +79,19 @@ class Sampler:
         ones of tokens in prompt or output; presence and frequency (OpenAI) subtract for tokens of the output.
         """
         params = draw.params
-        if draw.token_ids is None and not params.logit_bias and not draw.excluded:
+        if draw.entries is None and not draw.excluded:
             return logits
         row = self._row
         row[:] = logits
-        if draw.token_ids is not None:
-            seen = np.unique(draw.token_ids)
-            values = row[seen]
+        if draw.entries is not None and params.penalises:
+            records = draw.entries.records
+            seen = records[(records["flags"] & SEEN) != 0]
+            ids, values = seen["id"], row[seen["id"]]
             penalty = np.float32(params.repetition_penalty)
-            row[seen] = np.where(values > 0, values / penalty, values * penalty)
-            used, counts = np.unique(draw.token_ids[draw.num_prompt_tokens :], return_counts=True)
-            row[used] -= np.float32(params.presence_penalty)
-            row[used] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+            row[ids] = np.where(values > 0, values / penalty, values * penalty)
+            used = seen[seen["count"] > 0]
+            row[used["id"]] -= np.float32(params.presence_penalty)
+            row[used["id"]] -= np.float32(params.frequency_penalty) * used["count"].astype(np.float32)
         for token_id, bias in params.logit_bias:
             row[token_id] += np.float32(bias)
         row[[token_id for token_id in draw.excluded if 0 <= token_id < len(row)]] = -np.inf

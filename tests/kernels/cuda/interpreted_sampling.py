@@ -12,16 +12,20 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpu_counted import Behind, on_host, rows_behind
+from gpu_counted import on_device as on_device_behind
 from worker_orcd.kernels.cuda.compiler import Grid, Kernel, Kernels
-from worker_orcd.kernels.cuda.draw_slab import Wanted
+from worker_orcd.kernels.cuda.draw_slab import COUNTS, Int, Wanted
 from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.entries import Entries
 from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import RowResult, SamplingParams
 
@@ -50,12 +54,14 @@ HOST = Sampler(VOCAB)
 def draw_of(
     position: int = 7, excluded: Sequence[int] = (), token_ids: Sequence[int] | None = None, **params: Any
 ) -> Draw:
+    made = SamplingParams(**params)
+    entries = Entries(made, 3, VOCAB)
+    entries.take_in(token_ids or [])
     return Draw(
-        params=SamplingParams(**params),
+        params=made,
         position=position,
         excluded=frozenset(excluded),
-        token_ids=None if token_ids is None else np.array(token_ids, np.int64),
-        num_prompt_tokens=3,
+        entries=entries if made.penalises or made.logit_bias else None,
     )
 
 
@@ -166,6 +172,78 @@ def adjusted() -> list[Any]:
     return both(logits, draws)
 
 
+def counted() -> list[Any]:
+    """A step of three rounds, behind one whose tokens the host does not know: by row and round, what the
+    device gives and what the host does who knows all. Before them rows that count nothing.
+    """
+    count, rounds = 7, 3
+    logits = random_rows(12, count) / 2
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.3}
+    bias = ((7, 1.0), (4801, 2.0))
+    all_params: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"seed": 2, "logit_bias": bias},
+        {"temperature": 0.0, "logprobs": 3, **penalties},
+        {"seed": 3, "logit_bias": bias, **penalties},
+        {"seed": 4, "top_k": 20, "repetition_penalty": 0.9},
+        {"temperature": 0.0, "frequency_penalty": 20.0},
+        {"temperature": 0.0, "presence_penalty": 2.0},  # which knows all but its own
+    ]
+    logits[[1, 3], 7] += 12.0
+    logits[2] /= 2
+    logits[2, [5, 17, 4900]] = 9.0, 7.5, 8.5  # each count decides between them
+    logits[5, [5, 4900]] = 90.0  # drawn in turns
+    logits[6, [30, 31, 32]] = 41.0, 40.0, 38.5
+    random = np.random.default_rng(11)
+    known = [random.integers(100, VOCAB, 5 + 400 * i).tolist() for i in range(count)]
+    unknown = [random.permutation([5, 5, 4801, 4900]).tolist() for _ in range(count)]
+    unknown[4], unknown[6] = [known[4][20], 4999, known[4][20], 17], []
+    rows = [
+        Behind(
+            params=SamplingParams(**params),
+            num_prompt=3,
+            known=known[i],
+            unknown=unknown[i],
+            count=rounds - (i == 3),  # which is idle in the last
+            excluded=frozenset((7,) * (i == 3)),
+        )
+        for i, params in enumerate(all_params)
+    ]
+    on_the_device = torch.from_numpy(np.pad(logits, ((0, 0), (0, 5))))[:, :VOCAB]
+    found = on_device_behind(SAMPLER, on_the_device, rows, rounds)
+    if not np.array_equal(on_the_device.numpy(), logits):
+        raise SystemExit("logits were not put back")
+    check_entries(count)
+    return [
+        [None if one is None else asdict(one) for one in pair]
+        for device, line, row in zip(found, logits, rows, strict=True)
+        for pair in zip(device, on_host(line, row), strict=True)
+    ]
+
+
+def check_entries(rows: int) -> None:
+    """Each token once: two threads of `adjust` would change one logit."""
+    ints = SAMPLER.ints.view(torch.int64).view(len(Int), -1)
+    ids = SAMPLER._slab.entries.view(torch.int32).view(-1, 4)[:, 0]
+    for row in range(rows):
+        start, count = ints[Int.ENTRY_START, row], ints[Int.ENTRY_COUNT, row]
+        if ints[Int.FLAGS, row] & COUNTS and len(ids[start : start + count].unique()) != count:
+            raise SystemExit("a token has two entries")
+
+
+def counted_alone() -> list[Any]:
+    """[among others, alone] by row and round."""
+    kinds = ({"repetition_penalty": 1.2, "temperature": 0.7}, {"frequency_penalty": 0.5, "top_p": 0.9}, {})
+    rows = rows_behind(kinds, ROWS, VOCAB, 5, 2)
+    logits = torch.from_numpy(np.pad(random_rows(13), ((0, 0), (0, 5))))[:, :VOCAB]
+    among = on_device_behind(SAMPLER, logits, rows, 2, seed=1)
+    alone = [on_device_behind(SAMPLER, logits[i : i + 1], [row], 2, seed=i)[0] for i, row in enumerate(rows)]
+    return [
+        [None if one is None else asdict(one) for one in pair]
+        for pair in zip(chain.from_iterable(among), chain.from_iterable(alone), strict=True)
+    ]
+
+
 def failures() -> list[Any]:
     logits = random_rows(6)
     logits[0, 4800] = math.nan
@@ -197,7 +275,7 @@ def same() -> list[Any]:
     logits = random_rows(8, 4)
     params: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5})
     draws = [draw_of(seed=i, **one) for i, one in enumerate(params)]
-    every = Wanted(adjusts=True, filters=True, logprobs=True)
+    every = Wanted(adjusts=True, counts=True, filters=True, logprobs=True)
     alone = [on_device(row[None], [draw])[0] for row, draw in zip(logits, draws, strict=True)]
     with_all = on_device(logits, draws, every)
     others = random_rows(9, 3)
@@ -213,7 +291,7 @@ def same() -> list[Any]:
     ]
 
 
-CASES = (plain, filtered, small, long, adjusted, failures, equal_logits, same)
+CASES = (plain, filtered, small, long, adjusted, counted, counted_alone, failures, equal_logits, same)
 
 if __name__ == "__main__":
     with np.errstate(all="ignore"):  # the interpreter computes what masks leave out

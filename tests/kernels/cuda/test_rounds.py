@@ -9,6 +9,7 @@ import under_interpreter
 from gpu_sampling import faults
 from worker_orcd.kernels.backend import Counts, Limits
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.cuda.draw_slab import Int
 from worker_orcd.kernels.cuda.inputs import Bucket, Staging
 from worker_orcd.kernels.cuda.rounds import Rounds
 
@@ -37,7 +38,7 @@ def kernel_of() -> tuple[Kernel, tuple[int, int, int]]:
                     assert value.data_ptr() % 16 == 0, name
             launched.append((kernel, grid))
 
-    drawn, ints = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8 * 4 * 8, dtype=torch.uint8)
+    drawn, ints = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8 * 4 * len(Int), dtype=torch.uint8)
     Rounds(Watched(CPU, 90), inputs, LIMITS, drawn, ints).launch(3, 1)
     return launched[0]
 

@@ -20,26 +20,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_sampling import faults
-from worker_orcd.errors import InvalidParameter
+from worker_orcd.errors import Internal, InvalidParameter
 from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 from worker_orcd.kernels.cuda.draw_slab import (
-    EXCLUDED,
+    COUNTS,
     EXTRA_ENTRIES,
+    MAX_DRAWS,
     MAX_VOCAB,
     MOST_ENTRIES,
+    MOST_UNCOUNTED,
     NONE_LEFT,
     OK,
-    SEEN,
     SMALLEST_ENTRIES,
-    USED,
     DrawSlab,
     Int,
+    Real,
     Wanted,
     entries_needed,
-    entries_of,
+    write_entries,
 )
 from worker_orcd.kernels.cuda.sampler import DeviceSampler, sampling_kernels
 from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.entries import ENTRY, EXCLUDED, SEEN, Entries
 from worker_orcd.runner.sampler import Sampler
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, SampledToken, SamplingParams
 
@@ -49,13 +51,18 @@ VOCAB = 300
 def draw_of(
     excluded: tuple[int, ...] = (), token_ids: list[int] | None = None, prompt: int = 1, **params: Any
 ) -> Draw:
+    made = SamplingParams(**params)
+    entries = Entries(made, prompt, MAX_VOCAB)
+    entries.take_in(token_ids or [])
+    adjusts = made.penalises or made.logit_bias
     return Draw(
-        params=SamplingParams(**params),
-        position=9,
-        excluded=frozenset(excluded),
-        token_ids=None if token_ids is None else np.array(token_ids, np.int64),
-        num_prompt_tokens=prompt,
-    )
+        params=made, position=9, excluded=frozenset(excluded), entries=entries if adjusts else None
+    )  # fmt: skip
+
+
+def behind(draw: Draw, num_unknown: int, previous: int = 0, count: int = 1) -> Draw:
+    """A draw behind tokens that the host does not know."""
+    return replace(draw, num_unknown=num_unknown, previous=previous, count=count)
 
 
 # -- the kernels' logic, under Triton's interpreter --------------------------------------------------------
@@ -72,8 +79,8 @@ def interpreted() -> dict[str, list[list[dict[str, Any] | None]]]:
 @pytest.mark.parametrize(
     ("case", "rows"),
     [
-        ("plain", 17), ("filtered", 8), ("small", 16), ("long", 8), ("adjusted", 8), ("failures", 8),
-        ("equal_logits", 2),
+        ("plain", 17), ("filtered", 8), ("small", 16), ("long", 8), ("adjusted", 8), ("counted", 20),
+        ("failures", 8), ("equal_logits", 2),
     ],
 )  # fmt: skip
 def test_a_row_gives_what_the_host_gives(
@@ -90,6 +97,21 @@ def test_a_row_gives_what_the_host_gives(
         assert [value for _, value in device["top_logprobs"]] == pytest.approx(
             [value for _, value in host["top_logprobs"]], abs=1e-9
         )
+
+
+@pytest.mark.slow
+def test_counts_of_unknown_tokens_decide(interpreted: dict[str, list[list[dict[str, Any] | None]]]) -> None:
+    """So that a count that is wrong by one would show."""
+    tokens = [None if device is None else device.get("token_id") for device, _ in interpreted["counted"]]
+    assert tokens[6:9] == [17, 5, 4900] and tokens[14:] == [4900, 5, 4900, 30, 31, 30]
+
+
+@pytest.mark.slow
+def test_counts_do_not_depend_on_other_rows(
+    interpreted: dict[str, list[list[dict[str, Any] | None]]],
+) -> None:
+    assert len(interpreted["counted_alone"]) > 8
+    assert all(among == alone for among, alone in interpreted["counted_alone"])
 
 
 @pytest.mark.slow
@@ -113,15 +135,19 @@ def test_a_draw_depends_neither_on_other_rows_nor_on_the_kernels_they_need(
 
 
 MOST = (
-    "stats by group", "draw what is kept", "adjust", "find floor", "collect", "choose", "raw list top",
-    "tally", "cut", "cut long", "cut stats",
+    "stats by group", "draw what is kept", "adjust", "count drawn", "find floor", "collect", "choose",
+    "raw list top", "tally", "cut", "cut long", "cut stats",
 )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "vocab", "names"),
-    [(90, 201088, MOST), (80, 50257, ("stats by group", "choose")), (89, 262144, ("choose", "cut long"))],
+    [
+        (90, 201088, MOST),
+        (80, 50257, ("stats by group", "choose", "count drawn", "adjust")),
+        (89, 262144, ("choose", "cut long", "count drawn")),
+    ],
 )
 def test_no_kernel_spills(capability: int, vocab: int, names: tuple[str, ...]) -> None:
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
@@ -146,17 +172,26 @@ def test_every_kernel_is_described_as_it_is() -> None:
 # -- what the host tells the device ------------------------------------------------------------------------
 
 
+def written(draw: Draw, vocab_size: int) -> np.ndarray:
+    """The entries that the host writes down, as records."""
+    words = np.full(400, 77, np.int32)
+    count = write_entries(draw, memoryview(words), 3, vocab_size)
+    assert (words[:12] == 77).all() and (words[12 + 4 * count :] == 77).all()
+    return words.view(ENTRY)[3 : 3 + count]
+
+
 def adjusted(row: np.ndarray, draw: Draw) -> np.ndarray:
     """By the entries, as `sampling.adjust` does it."""
     params = draw.params
     row = row.copy()
-    for entry in entries_of(draw, len(row)):
+    for entry in written(draw, len(row)):
         value = row[entry["id"]]
         if entry["flags"] & SEEN:
             penalty = np.float32(params.repetition_penalty)
             value = value / penalty if value > 0 else value * penalty
-        if entry["flags"] & USED:
-            value = (value - np.float32(params.presence_penalty)) - entry["frequency"]
+        if entry["count"] > 0:
+            often = np.float32(params.frequency_penalty) * np.float32(entry["count"])
+            value = (value - np.float32(params.presence_penalty)) - often
         row[entry["id"]] = -np.inf if entry["flags"] & EXCLUDED else value + entry["bias"]
     return row
 
@@ -187,12 +222,8 @@ def test_entries_change_logits_as_the_host_does(
         presence_penalty=penalties[1], frequency_penalty=penalties[2],
     )  # fmt: skip
     np.testing.assert_array_equal(adjusted(row, draw), Sampler(VOCAB).adjusted(row, draw))
-    assert (np.diff(entries_of(draw, VOCAB)["id"]) > 0).all()
-
-
-def test_biases_of_a_token_named_twice_add_up() -> None:
-    [entry] = entries_of(draw_of(logit_bias=((4, 1.5), (4, 2.0))), VOCAB)
-    assert (entry["id"], entry["bias"]) == (4, 3.5)
+    found = written(draw, VOCAB)["id"].tolist()
+    assert len(set(found)) == len(found)
 
 
 def slab() -> DrawSlab:
@@ -244,9 +275,40 @@ def test_room_for_entries_grows() -> None:
     assert filled.entries_moved == 1
     assert len(filled.saved) > SMALLEST_ENTRIES
     filled.upload()
-    records = filled.entries.numpy().view("<i4").reshape(-1, 4)
-    assert records[: SMALLEST_ENTRIES + 1, 0].tolist() == [*range(SMALLEST_ENTRIES), 70_000]
-    assert records[SMALLEST_ENTRIES, 1] == EXCLUDED
+    words = filled.entries.numpy().view("<i4").reshape(-1, 4)
+    assert words[: SMALLEST_ENTRIES + 1, 0].tolist() == [*range(SMALLEST_ENTRIES), 70_000]
+    assert words[SMALLEST_ENTRIES, 1] == EXCLUDED
+
+
+def test_there_is_room_for_tokens_that_nobody_knows() -> None:
+    """Behind the entries of each row, and counted as what the device may add."""
+    filled = slab()
+    penalised = draw_of(token_ids=[5, 6, 6], presence_penalty=1.0, frequency_penalty=0.5)
+    draws = [
+        draw_of(), behind(penalised, 2, previous=3, count=4), draw_of(logit_bias=((4, 1.0),)),
+        behind(draw_of(excluded=(6, 9), token_ids=[5, 6], repetition_penalty=1.2), 0, count=2), penalised,
+    ]  # fmt: skip
+    wanted, failures = filled.fill(draws)
+    assert (wanted, failures) == (Wanted(adjusts=True, counts=True), {})
+    filled.upload()
+    ints = filled.ints.view(torch.int64).view(len(Int), -1)
+    assert ints[Int.ENTRY_COUNT, :5].tolist() == [0, 2, 1, 3, 2]
+    assert ints[Int.ENTRY_START, 1:5].tolist() == [0, 7, 8, 13]
+    assert (ints[Int.FLAGS, :5] & COUNTS > 0).tolist() == [False, True, False, True, False]
+    assert ints[Int.UNKNOWN, [1, 3]].tolist() == [2, 0] and ints[Int.PREVIOUS, 1] == 3
+    reals = filled.reals.view(torch.float64).view(len(Real), -1)
+    assert reals[Real.FREQUENCY, 1] == 0.5 and reals[Real.REPETITION, 3] == np.float32(1.2)
+    words = filled.entries.numpy().view("<i4").reshape(-1, 4)
+    assert words[:2, :3].tolist() == [[5, SEEN, 0], [6, SEEN, 2]]
+    assert words[8:11, :3].tolist() == [[5, SEEN, 0], [6, SEEN | EXCLUDED, 1], [9, EXCLUDED, 0]]
+
+
+def test_more_unknown_tokens_than_can_be_are_refused() -> None:
+    penalised = draw_of(token_ids=[5], presence_penalty=1.0)
+    assert slab().fill([behind(penalised, MAX_DRAWS, count=MAX_DRAWS)])[0].counts
+    for num_unknown, count in ((MAX_DRAWS + 1, 1), (-1, 1), (MAX_DRAWS, MAX_DRAWS + 1)):
+        with pytest.raises(Internal, match="not known"):
+            slab().fill([behind(penalised, num_unknown, count=count)])
 
 
 def test_nothing_is_taken_for_aligned_that_is_not() -> None:
@@ -294,6 +356,11 @@ def test_what_rows_ask_for_is_launched_in_order() -> None:
     assert [name for name, _ in kernels.made] == [
         "chunk_stats", "find_floor", "collect", "list_top", "adjust", "chunk_stats", "draw", "finish",
     ]  # fmt: skip
+    kernels.made.clear()
+    sampler.launch(torch.zeros(5, 9000), Wanted(adjusts=True, counts=True), slot=1, behind=2)
+    assert [name for name, _ in kernels.made] == ["count_drawn", "adjust", "chunk_stats", "draw", "finish"]
+    drawn = kernels.given[-5][1][0]
+    assert isinstance(drawn, torch.Tensor) and drawn.data_ptr() == sampler.token_ids[2].data_ptr()
     kernels.made.clear()
     sampler.launch(torch.zeros(5, 9000), Wanted(filters=True))
     assert [name for name, _ in kernels.made] == [
@@ -401,7 +468,7 @@ def test_what_it_takes_is_known_before() -> None:
 )
 def test_rows_that_need_the_most_entries_have_room(rows: int, longest: int, needed: int) -> None:
     assert entries_needed(150_000, rows, longest) == needed
-    assert entries_needed(500, rows, longest) == max(SMALLEST_ENTRIES, rows * 500)
+    assert entries_needed(500, rows, longest) == max(SMALLEST_ENTRIES, rows * (500 + MOST_UNCOUNTED))
     if needed == MOST_ENTRIES:
         return
     filled = DrawSlab(150_000, rows, torch.device("cpu"), needed)

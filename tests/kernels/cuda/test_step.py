@@ -10,9 +10,8 @@ import torch
 
 from worker_orcd.kernels.backend import Counts
 from worker_orcd.kernels.cuda import step as step_module
-from worker_orcd.kernels.cuda.draw_slab import Wanted
+from worker_orcd.kernels.cuda.draw_slab import MAX_DRAWS, Wanted
 from worker_orcd.kernels.cuda.inputs import Bucket
-from worker_orcd.kernels.cuda.sampler import MAX_DRAWS
 from worker_orcd.kernels.cuda.step import DrawingStep
 
 CPU = torch.device("cpu")
@@ -81,7 +80,9 @@ class Sampler:
         self.prepare, self.upload, self.download = parts.prepare, parts.upload, parts.download
         self._queue = parts.queue
 
-    def launch(self, logits: torch.Tensor, wanted: Wanted, slot: int) -> None:
+    def launch(self, logits: torch.Tensor, wanted: Wanted, slot: int, behind: int = 0) -> None:
+        if slot < MAX_DRAWS - 1 and behind:
+            assert behind == slot + 1
         self._queue.append(f"draw {len(logits)} to {slot}{' filtered' if wanted.filters else ''}")
 
 

@@ -5,9 +5,9 @@ The host has two sides of both, used in turn, so that the draws of a step can be
 the step before are still to be copied.
 
 `ints` and `reals` are (fields, rows) of 8-byte numbers. `entries` has, for rows with penalties, bias or
-excluded tokens only, a record for each token that changes, each token once. Such a row costs the host a sort
-of its token ids a step: 0.13 ms for a thousand, 0.7 ms for ten thousand. Biases of one token that is named
-twice are added to each other first.
+excluded tokens only, a record for each token that changes, each token once, in no order. The host copies what
+it keeps of a sequence (`kernels.entries`), with room behind it for the tokens that it does not know yet: the
+device counts those, see `sampling.count_drawn`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from worker_orcd.errors import Internal
 from worker_orcd.kernels.cuda.inputs import HostSide
-from worker_orcd.kernels.draw import Draw, TokenIds, bias_outside, too_many_logprobs
+from worker_orcd.kernels.draw import Draw, bias_outside, too_many_logprobs
+from worker_orcd.kernels.entries import BIAS, COUNT, ENTRY, EXCLUDED, FLAGS, ID, WORDS
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure
 
+MAX_DRAWS = 8  # rounds of a step
 CHUNK = 4096  # logits that one program reads
 GROUPS = 32  # of a chunk
 LIMITS = 16  # that the end of what is kept is sought between, at a time
@@ -32,6 +36,7 @@ MAX_VOCAB = 64 * CHUNK
 SMALLEST_ENTRIES = 4096  # that there is room for from the start
 MOST_ENTRIES = 1 << 20  # and if rows may be long: 4096 different tokens of each of 256; beyond, room grows
 EXTRA_ENTRIES = 1088  # of a row, beside its tokens: biases and tokens that are never drawn
+MOST_UNCOUNTED = 2 * MAX_DRAWS - 1  # tokens: those of the step before, and of all rounds but the last
 
 
 class Int(enum.IntEnum):
@@ -45,6 +50,9 @@ class Int(enum.IntEnum):
     ENTRY_START = 5
     ENTRY_COUNT = 6
     LAST = 7  # position of the last token that the row draws in the step
+    # Where the row counts tokens: how many of the last drawn are in no entry yet, and the row that drew them.
+    UNKNOWN = 8
+    PREVIOUS = 9
 
 
 class Real(enum.IntEnum):
@@ -54,20 +62,18 @@ class Real(enum.IntEnum):
     RAW_SCALE = 1  # log2(e)
     TOP_P = 2
     MIN_X = 3  # log2(min_p)
-    REPETITION = 4
+    REPETITION = 4  # and behind it the others
     PRESENCE = 5
+    FREQUENCY = 6
 
 
 # Flags of a row.
-SAMPLES, FILTERED, LOGPROBS = 1, 2, 4
-# Flags of an entry: in prompt or output; in the output; never drawn.
-SEEN, USED, EXCLUDED = 1, 2, 4
+SAMPLES, FILTERED, LOGPROBS, COUNTS = 1, 2, 4, 8
 # How a row went.
 OK, NO_NUMBERS, NONE_LEFT = 0, 1, 2
 
 _LOG2E = 1.4426950408889634
 _LARGEST_SCALE = 1e300  # at which any two logits differ by more than a weight can
-_ENTRY = np.dtype([("id", "<i4"), ("flags", "<i4"), ("frequency", "<f4"), ("bias", "<f4")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +81,14 @@ class Wanted:
     """Which kernels a step needs; what a row draws does not depend on it."""
 
     adjusts: bool = False  # a row has entries
+    counts: bool = False  # and tokens that are in none yet
     filters: bool = False  # a row has top-k, top-p or min-p
     logprobs: bool = False
 
 
 def entries_needed(vocab_size: int, max_rows: int, longest: int) -> int:
     """Room for the entries of `max_rows` rows of up to `longest` tokens, within `MOST_ENTRIES`."""
-    needed = max_rows * min(vocab_size, longest + EXTRA_ENTRIES)
+    needed = max_rows * min(vocab_size + MOST_UNCOUNTED, longest + EXTRA_ENTRIES)
     return max(SMALLEST_ENTRIES, min(needed, MOST_ENTRIES))
 
 
@@ -92,7 +99,7 @@ def parameter_bytes(max_rows: int) -> int:
 
 def entry_bytes(num_entries: int) -> int:
     """On the device: of each its record, and its logit as it was."""
-    return num_entries * (_ENTRY.itemsize + 4)
+    return num_entries * (ENTRY.itemsize + 4)
 
 
 class _Side:
@@ -109,8 +116,10 @@ class _Side:
         self.make_room(num_entries, device)
 
     def make_room(self, num_entries: int, device: torch.device) -> None:
-        self.entries = HostSide(num_entries * _ENTRY.itemsize, device)
-        self.records = self.entries.buffer.numpy().view(_ENTRY)
+        self.entries = HostSide(num_entries * ENTRY.itemsize, device)
+        numbers: Any = self.entries.buffer.numpy()
+        self.words = memoryview(numbers).cast("i")
+        self.num_room = num_entries
 
 
 class DrawSlab:
@@ -131,7 +140,7 @@ class DrawSlab:
         self._make_room(num_entries)
 
     def _make_room(self, num_entries: int) -> None:
-        self.entries = torch.zeros(num_entries * _ENTRY.itemsize, dtype=torch.uint8, device=self.device)
+        self.entries = torch.zeros(num_entries * ENTRY.itemsize, dtype=torch.uint8, device=self.device)
         self.saved = torch.zeros(num_entries, dtype=torch.float32, device=self.device)
 
     def fill(self, draws: Sequence[Draw]) -> tuple[Wanted, dict[int, RowFailure]]:
@@ -169,10 +178,11 @@ class DrawSlab:
         side.ints[Int.ENTRY_COUNT] = 0
         ints[Int.FLAGS] = flags
         failures = self._refuse(draws, num_top)
-        self._fill_entries(draws, failures)
+        counts = self._fill_entries(draws, failures)
         return (
             Wanted(
                 adjusts=side.num_entries > 0,
+                counts=counts,
                 filters=bool(filtered.any()),
                 logprobs=bool((num_top >= 0).any()),
             ),
@@ -190,28 +200,42 @@ class DrawSlab:
         self._sides[-1].ints[Int.FLAGS, list(failures)] = 0
         return failures
 
-    def _fill_entries(self, draws: Sequence[Draw], failures: dict[int, RowFailure]) -> None:
-        parts: list[NDArray[np.void]] = []
+    def _fill_entries(self, draws: Sequence[Draw], failures: dict[int, RowFailure]) -> bool:
+        """Whether there are tokens for the device to count."""
         side = self._sides[-1]
-        side.num_entries = 0
-        for row, draw in enumerate(draws):
-            params = draw.params
-            if (draw.token_ids is None and not draw.excluded and not params.logit_bias) or row in failures:
-                continue
-            entries = entries_of(draw, self.vocab_size)
-            side.ints[Int.ENTRY_START, row] = side.num_entries
-            side.ints[Int.ENTRY_COUNT, row] = len(entries)
-            side.reals[Real.REPETITION, row] = np.float32(params.repetition_penalty)
-            side.reals[Real.PRESENCE, row] = np.float32(params.presence_penalty)
-            side.num_entries += len(entries)
-            parts.append(entries)
+        changed = [
+            (row, draw, _uncounted(draw))
+            for row, draw in enumerate(draws)
+            if (draw.entries is not None or draw.excluded) and row not in failures
+        ]
+        side.num_entries = sum(_known(draw) + uncounted for _, draw, uncounted in changed)
+        if not changed:
+            return False
         if side.num_entries > len(self.saved):
             self._make_room(2 * side.num_entries)
             self.entries_moved += 1
-        if side.num_entries > len(side.records):
+        if side.num_entries > side.num_room:
             side.make_room(len(self.saved), self.device)
-        if parts:
-            np.concatenate(parts, out=side.records[: side.num_entries])
+        rows, starts, counts = [row for row, _, _ in changed], list[int](), list[int]()
+        start = 0
+        for _, draw, uncounted in changed:
+            starts.append(start)
+            counts.append(write_entries(draw, side.words, start, self.vocab_size))
+            start += _known(draw) + uncounted
+        side.ints[Int.ENTRY_START, rows] = starts
+        side.ints[Int.ENTRY_COUNT, rows] = counts
+        penalties = [
+            (draw.params.repetition_penalty, draw.params.presence_penalty, draw.params.frequency_penalty)
+            for _, draw, _ in changed
+        ]
+        with np.errstate(over="ignore"):
+            side.reals[Real.REPETITION : Real.FREQUENCY + 1, rows] = np.array(penalties, np.float32).T
+        counting = [(row, draw) for row, draw, uncounted in changed if uncounted]
+        rows = [row for row, _ in counting]
+        side.ints[Int.FLAGS, rows] |= COUNTS
+        side.ints[Int.UNKNOWN, rows] = [draw.num_unknown for _, draw in counting]
+        side.ints[Int.PREVIOUS, rows] = [draw.previous for _, draw in counting]
+        return bool(counting)
 
     def upload(self) -> None:
         """Start the copies to the device: one, or two where there are entries."""
@@ -219,38 +243,36 @@ class DrawSlab:
         self._on_device.copy_(side.parameters.buffer, non_blocking=True)
         side.parameters.queued()
         if side.num_entries:
-            num_bytes = side.num_entries * _ENTRY.itemsize
+            num_bytes = side.num_entries * ENTRY.itemsize
             self.entries[:num_bytes].copy_(side.entries.buffer[:num_bytes], non_blocking=True)
             side.entries.queued()
 
 
-def entries_of(draw: Draw, vocab_size: int) -> NDArray[np.void]:
-    """What changes single logits, by rising id. Ids outside the vocabulary are left out."""
-    seen = used = counts = np.empty(0, np.int64)
-    if draw.token_ids is not None:
-        seen, _ = _counted(draw.token_ids)
-        used, counts = _counted(draw.token_ids[draw.num_prompt_tokens :])
-    biased = np.array([token_id for token_id, _ in draw.params.logit_bias], np.int64)
-    excluded = np.array(list(draw.excluded), np.int64)
-    ids = seen
-    if len(biased) + len(excluded):
-        ids, _ = _counted(np.concatenate((seen, biased, excluded)))
-    entries = np.zeros(len(ids), _ENTRY)
-    entries["id"] = ids
-    entries["flags"][np.searchsorted(ids, seen)] |= SEEN
-    at = np.searchsorted(ids, used)
-    entries["flags"][at] |= USED
-    entries["flags"][np.searchsorted(ids, excluded)] |= EXCLUDED
-    with np.errstate(all="ignore"):
-        entries["frequency"][at] = np.float32(draw.params.frequency_penalty) * counts.astype(np.float32)
-        bias = np.array([value for _, value in draw.params.logit_bias], np.float64).astype(np.float32)
-        np.add.at(entries["bias"], np.searchsorted(ids, biased), bias)
-    return entries[np.searchsorted(ids, 0) : np.searchsorted(ids, vocab_size)]
+def _known(draw: Draw) -> int:
+    """Entries that the host writes, at most."""
+    return (0 if draw.entries is None else len(draw.entries)) + len(draw.excluded)
 
 
-def _counted(ids: TokenIds) -> tuple[TokenIds, NDArray[np.int64]]:
-    """Each id once, rising, and how often it is there. Takes less time than `numpy.unique`."""
-    ids = np.sort(ids)
-    starts = np.flatnonzero(ids[1:] != ids[:-1]) + 1
-    starts = np.concatenate(([0] if len(ids) else [], starts)).astype(np.int64)
-    return ids[starts], np.diff(starts, append=len(ids))
+def _uncounted(draw: Draw) -> int:
+    """Entries that the device may add to those. Raises Internal where more than can be is unknown."""
+    found = draw.num_uncounted
+    if not 0 <= draw.num_unknown <= MAX_DRAWS or found > MOST_UNCOUNTED:
+        raise Internal(f"{draw.num_unknown} tokens before a draw of {draw.count} are not known")
+    return found
+
+
+def write_entries(draw: Draw, out: memoryview, start: int, vocab_size: int) -> int:
+    """Of the tokens that the host knows, to the entries from `start` on. How many they are."""
+    entries, count = draw.entries, 0
+    if entries is not None:
+        count = len(entries)
+        out[WORDS * start : WORDS * (start + count)] = entries.words
+    for token_id in draw.excluded:
+        place = None if entries is None else entries.place_of(token_id)
+        if place is not None:
+            out[WORDS * (start + place) + FLAGS] |= EXCLUDED
+        elif 0 <= token_id < vocab_size:
+            at = WORDS * (start + count)
+            out[at + ID], out[at + FLAGS], out[at + COUNT], out[at + BIAS] = token_id, EXCLUDED, 0, 0
+            count += 1
+    return count

@@ -7,7 +7,8 @@ given in a step is read from device memory. Rows beyond a step's draws are skipp
 `runner.sampler`, which gives the same tokens but where rounding decides.
 
 A step of several rounds is launched as often; what each draws goes to a slot of its own, the last to the
-first, and comes to the host at once.
+first, and comes to the host at once. What a step has drawn stays where it is until the next one draws: there
+penalties find the tokens that the host did not know, those of the step before and of the rounds before.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from worker_orcd.kernels.cuda.draw_slab import (
     CHUNK,
     GROUPS,
     LIMITS,
+    MAX_DRAWS,
     MAX_VOCAB,
     NONE_LEFT,
     OK,
@@ -40,7 +42,6 @@ from worker_orcd.kernels.cuda.inputs import HostSide
 from worker_orcd.kernels.draw import Draw, no_numbers, none_left
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure, RowResult, SampledToken
 
-MAX_DRAWS = 8  # rounds of a step
 CAPACITY = 4096  # tokens that a list of what filters may keep has room for
 _FEW_PROGRAMS = 1024  # of a kernel that most rows do not need
 WARPS = 8  # of every kernel: fixes the order in which the sums of chunks are added
@@ -52,7 +53,7 @@ _TYPES = {
     "floors": "*i32", "counts": "*i32", "highs": "*fp32", "masses": "*fp64", "values": "*fp32", "ids": "*i32",
     "more_counts": "*i32", "limits": "*i32", "sums": "*i64", "ends": "*i32", "lasts": "*i32",
     "tokens": "*i32", "statuses": "*i32", "token_logits": "*fp32", "top_ids": "*i32", "top_logits": "*fp32",
-    "stride": "i32",
+    "drawn": "*i32", "stride": "i32",
 }  # fmt: skip
 _STATS = "logits ints reals chunk_max chunk_sum group_max group_sum stride"
 _FLOOR = "ints reals chunk_max group_max group_sum floors counts highs masses more_counts sums"
@@ -70,6 +71,7 @@ _KERNELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "raw stats": ("sampling", "chunk_stats", _STATS, {"RAW": True, "BY_GROUP": True}),
     "draw": ("sampling", "draw", _DRAW, {"FILTERS": False}),
     "draw what is kept": ("sampling", "draw", _DRAW, {"FILTERS": True}),
+    "count drawn": ("sampling", "count_drawn", "drawn ints entries", {}),
     "adjust": ("sampling", "adjust", "logits ints reals entries entry_reals saved stride", {}),
     "finish": ("sampling", "finish", "logits ints entries saved tokens statuses token_logits stride", {}),
     "find floor": ("filtering", "find_floor", _FLOOR, {"RAW": False}),
@@ -96,9 +98,9 @@ _KERNELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "cutting", "cut_stats", "logits ints reals chunk_max chunk_sum counts highs ends lasts stride", {},
     ),
 }  # fmt: skip
-_WITHOUT_VOCAB = ("adjust",)
+_WITHOUT_VOCAB = ("adjust", "count_drawn")
 _WITH_CHUNKS = ("draw", "find_floor")
-_WITHOUT_CAPACITY = ("chunk_stats", "adjust", "finish", "find_floor")
+_WITHOUT_CAPACITY = ("chunk_stats", "adjust", "count_drawn", "finish", "find_floor")
 
 
 def padded_rows(max_rows: int) -> int:
@@ -224,10 +226,11 @@ class DeviceSampler:
         """Start the copy of what was prepared."""
         self._slab.upload()
 
-    def launch(self, logits: torch.Tensor, wanted: Wanted, slot: int = 0) -> None:
+    def launch(self, logits: torch.Tensor, wanted: Wanted, slot: int = 0, behind: int = 0) -> None:
         """Draw: a row of `logits` (rows, vocab_size) float32 for each draw that is not None, and maybe more.
 
-        What is drawn goes to `slot`: that of round i of n is n - 1 - i.
+        What is drawn goes to `slot`: that of round i of n is n - 1 - i. What was drawn last is in `behind`:
+        the slot of the round before, and 0 in a step's first round.
         Logits are changed meanwhile where `wanted.adjusts`, and back when it is done.
         """
         rows = len(logits)
@@ -235,8 +238,11 @@ class DeviceSampler:
             raise ValueError(f"{rows} rows of logits, but there is room for {self.max_rows}")
         if self._entries_moved != self._slab.entries_moved:
             self._name_arguments()
-        self._named = self._arguments[slot]
         by_chunk, by_row = (self._chunks, rows, 1), (rows, 1, 1)
+        if wanted.counts:
+            self._named = self._arguments[behind]
+            self._run("count drawn", by_row, logits)
+        self._named = self._arguments[slot]
         if wanted.logprobs:
             self._run("raw stats", by_chunk, logits)
             self._run("raw find floor", by_row, logits)
@@ -266,7 +272,7 @@ class DeviceSampler:
     def launch_all(self, logits: torch.Tensor) -> None:
         """Every kernel once, while nothing is drawn: to compile them, or load them onto the device."""
         for filters in (False, True):
-            self.launch(logits, Wanted(adjusts=True, filters=filters, logprobs=True))
+            self.launch(logits, Wanted(adjusts=True, counts=True, filters=filters, logprobs=True))
 
     def _name_arguments(self) -> None:
         """Which arrays each kernel is given, beside the logits."""
@@ -279,7 +285,7 @@ class DeviceSampler:
             "ints": slab.ints, "reals": slab.reals, "entries": slab.entries, "entry_reals": slab.entries,
             "saved": slab.saved, "tokens": views["tokens"], "statuses": views["statuses"],
             "token_logits": views["token_logits"], "top_ids": views["top_ids"],
-            "top_logits": views["top_logits"],
+            "top_logits": views["top_logits"], "drawn": views["tokens"],
         }  # fmt: skip
         raw = named | {"highs": views["highs"], "masses": views["masses"]}
         return {

@@ -18,29 +18,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker_orcd.kernels import entries as entries_module
 from worker_orcd.kernels.cuda import draw_slab as slab
 
 CHUNK = tl.constexpr(slab.CHUNK)
 GROUPS = tl.constexpr(slab.GROUPS)  # of a chunk
 GROUP = tl.constexpr(slab.CHUNK // slab.GROUPS)
 ENTRIES = tl.constexpr(1024)  # at a time
+MAX_DRAWS = tl.constexpr(slab.MAX_DRAWS)
 
 SEED = tl.constexpr(int(slab.Int.SEED))
 POSITION = tl.constexpr(int(slab.Int.POSITION))
 FLAGS = tl.constexpr(int(slab.Int.FLAGS))
 ENTRY_START = tl.constexpr(int(slab.Int.ENTRY_START))
 ENTRY_COUNT = tl.constexpr(int(slab.Int.ENTRY_COUNT))
+LAST = tl.constexpr(int(slab.Int.LAST))
+UNKNOWN = tl.constexpr(int(slab.Int.UNKNOWN))
+PREVIOUS = tl.constexpr(int(slab.Int.PREVIOUS))
 SCALE = tl.constexpr(int(slab.Real.SCALE))
 RAW_SCALE = tl.constexpr(int(slab.Real.RAW_SCALE))
 REPETITION = tl.constexpr(int(slab.Real.REPETITION))
 MIN_X = tl.constexpr(int(slab.Real.MIN_X))
 PRESENCE = tl.constexpr(int(slab.Real.PRESENCE))
+FREQUENCY = tl.constexpr(int(slab.Real.FREQUENCY))
 SAMPLES = tl.constexpr(slab.SAMPLES)
 FILTERED = tl.constexpr(slab.FILTERED)
 LOGPROBS = tl.constexpr(slab.LOGPROBS)
-SEEN = tl.constexpr(slab.SEEN)
-USED = tl.constexpr(slab.USED)
-EXCLUDED = tl.constexpr(slab.EXCLUDED)
+COUNTS = tl.constexpr(slab.COUNTS)
+SEEN = tl.constexpr(entries_module.SEEN)
+EXCLUDED = tl.constexpr(entries_module.EXCLUDED)
 OK = tl.constexpr(slab.OK)
 NO_NUMBERS = tl.constexpr(slab.NO_NUMBERS)
 NONE_LEFT = tl.constexpr(slab.NONE_LEFT)
@@ -223,10 +229,54 @@ def chunk_of(tops, sums, index, fraction, highest, scale):
 
 
 @triton.jit
+def count_drawn(drawn, ints, entries, ROWS: tl.constexpr):
+    """Programs: (rows). Counts what a row has drawn since its entries were written, or counted last.
+
+    `drawn` (up to MAX_DRAWS, ROWS): the tokens, the last first. A token that has no entry gets one behind the
+    others. Then the row's own next token is what will be unknown, if it shall draw another behind it.
+    """
+    row = tl.program_id(0)
+    if (tl.load(ints + FLAGS * ROWS + row) & COUNTS) == 0:
+        return
+    unknown = tl.load(ints + UNKNOWN * ROWS + row)
+    previous = tl.load(ints + PREVIOUS * ROWS + row)
+    start = tl.load(ints + ENTRY_START * ROWS + row)
+    count = tl.load(ints + ENTRY_COUNT * ROWS + row).to(tl.int32)
+    goes_on = tl.load(ints + POSITION * ROWS + row) < tl.load(ints + LAST * ROWS + row)
+    number = tl.arange(0, MAX_DRAWS)
+    token = tl.load(drawn + number * ROWS + previous, mask=number < unknown, other=-1)
+    same = token[:, None] == token[None, :]
+    times = tl.sum(same.to(tl.int32), 1)
+    earlier = tl.sum((same & (number[None, :] < number[:, None])).to(tl.int32), 1)
+    place = tl.full((MAX_DRAWS,), -1, tl.int32)
+    done = count * 0
+    while done < count:
+        index = done + tl.arange(0, ENTRIES)
+        known = tl.load(entries + (start + index) * 4, mask=index < count, other=-2)
+        place = tl.maximum(place, tl.max(tl.where(token[:, None] == known[None, :], index[None, :], -1), 1))
+        done += ENTRIES
+    first = (number < unknown) & (earlier == 0)
+    there = first & (place >= 0)
+    fresh = first & (place < 0)
+    place = tl.where(fresh, count + tl.cumsum(fresh.to(tl.int32), 0) - 1, place)
+    entry = entries + (start + place) * 4
+    flags = tl.load(entry + 1, mask=there, other=0)
+    times += tl.load(entry + 2, mask=there, other=0)
+    tl.debug_barrier()  # what follows changes what was read
+    tl.store(entry, token, mask=fresh)
+    tl.store(entry + 1, flags | SEEN, mask=first)
+    tl.store(entry + 2, times, mask=first)
+    tl.store(entry + 3, 0, mask=fresh)
+    tl.store(ints + ENTRY_COUNT * ROWS + row, count + tl.sum(fresh.to(tl.int32), 0))
+    tl.store(ints + UNKNOWN * ROWS + row, goes_on.to(tl.int64))
+    tl.store(ints + PREVIOUS * ROWS + row, row)
+
+
+@triton.jit
 def adjust(logits, ints, reals, entries, entry_reals, saved, stride, ROWS: tl.constexpr):
     """Programs: (rows). Penalties, bias and exclusion of the row's entries; `saved` is what was there.
 
-    `entries` and `entry_reals` are one array of id, flags, what frequency takes off, bias.
+    `entries` and `entry_reals` are one array, of `kernels.entries.ENTRY`.
     """
     row = tl.program_id(0)
     flags = tl.load(ints + FLAGS * ROWS + row)
@@ -236,6 +286,7 @@ def adjust(logits, ints, reals, entries, entry_reals, saved, stride, ROWS: tl.co
     count = tl.load(ints + ENTRY_COUNT * ROWS + row)
     repetition = tl.load(reals + REPETITION * ROWS + row)
     presence = tl.load(reals + PRESENCE * ROWS + row).to(tl.float32)
+    frequency = tl.load(reals + FREQUENCY * ROWS + row)
     line = logits + row.to(tl.int64) * stride
     done = count * 0
     while done < count:
@@ -244,7 +295,7 @@ def adjust(logits, ints, reals, entries, entry_reals, saved, stride, ROWS: tl.co
         entry = (start + index) * 4
         token = tl.load(entries + entry, mask=mask, other=0)
         what = tl.load(entries + entry + 1, mask=mask, other=0)
-        frequency = tl.load(entry_reals + entry + 2, mask=mask, other=0.0)
+        times = tl.load(entries + entry + 2, mask=mask, other=0)
         bias = tl.load(entry_reals + entry + 3, mask=mask, other=0.0)
         value = tl.load(line + token, mask=mask, other=0.0)
         tl.store(saved + start + index, value, mask=mask)
@@ -252,7 +303,8 @@ def adjust(logits, ints, reals, entries, entry_reals, saved, stride, ROWS: tl.co
         exact = value.to(tl.float64)
         penalised = tl.where(value > 0, exact / repetition, exact * repetition).to(tl.float32)
         value = tl.where((what & SEEN) != 0, penalised, value)
-        value = tl.where((what & USED) != 0, (value - presence) - frequency, value)
+        often = (frequency * times.to(tl.float64)).to(tl.float32)
+        value = tl.where(times > 0, (value - presence) - often, value)
         value = tl.where((what & EXCLUDED) != 0, -INF, value + bias)
         tl.store(line + token, value, mask=mask)
         done += ENTRIES

@@ -10,10 +10,10 @@ import torch
 
 from worker_orcd.errors import DeviceError, OutOfMemory
 from worker_orcd.kernels.backend import Counts
-from worker_orcd.kernels.cuda.draw_slab import Wanted
+from worker_orcd.kernels.cuda.draw_slab import MAX_DRAWS, Wanted
 from worker_orcd.kernels.cuda.executor import Executor
 from worker_orcd.kernels.cuda.rounds import Rounds
-from worker_orcd.kernels.cuda.sampler import MAX_DRAWS, DeviceSampler
+from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.draw import Draw
 from worker_orcd.sequence import RowResult
 
@@ -45,7 +45,8 @@ class DrawingStep(CudaStep):
     """Implements `kernels.backend.DrawingForward`: logits stay on the device, tokens come back.
 
     Two steps may be under way. All that they share on the device, the inputs and the tokens drawn last among
-    it, is in the order of the stream: the second reads what the first has drawn before it draws itself.
+    it, is in the order of the stream: the second reads, and counts, what the first has drawn before it draws
+    itself.
     """
 
     max_draws = MAX_DRAWS
@@ -121,7 +122,7 @@ class DrawingStep(CudaStep):
             self._sampler.launch(logits, wanted, slot=last)
         for slot in range(last - 1, -1, -1):
             self._rounds.launch(counts.num_rows, slot + 1)
-            self._sampler.launch(compute(counts), wanted, slot=slot)
+            self._sampler.launch(compute(counts), wanted, slot=slot, behind=slot + 1)
 
     def _results(self) -> Sequence[RowResult]:
         with on_device(self._device):
