@@ -65,8 +65,8 @@ def make_requests(model: Model, count: int, longest: int, output: int, seed: str
             seed=generator.getrandbits(64),
             top_p=0.9 if number % 4 == 2 else 1.0,
             top_k=40 if number % 4 == 3 else 0,
-            repetition_penalty=1.2 if number % 8 == 3 else 1.0,
-            frequency_penalty=0.5 if number % 8 == 5 else 0.0,
+            repetition_penalty=1.2 if number % 8 in (3, 7) else 1.0,
+            frequency_penalty=0.5 if number % 8 in (5, 7) else 0.0,
             logit_bias=((generator.randrange(100), 4.0),) if number % 8 == 7 else (),
             logprobs=5,
         )
@@ -125,24 +125,24 @@ def compare(engine: RunningEngine, numbers: Sequence[int], wanted: Sequence[Answ
 def one_at_a_time(
     model: Model, requests: list[Request], alone: list[Answer]
 ) -> Iterator[tuple[Compared, str, bool]]:
-    """All at once, each step launched when the one before is over; then those that can go ahead. On a device
-    that takes one step there is nothing to compare.
+    """All at once, each step launched when the one before is over; then ahead of it. On a device that takes
+    one step there is nothing to compare.
     """
     if model.runner.max_steps == 1:
         return
-    free = [index for index, request in enumerate(requests) if not request.sampling.penalises]
-    for runner, chosen in ((OneAtATime(model.runner), range(len(requests))), (model.runner, free)):
+    for runner in (OneAtATime(model.runner), model.runner):
         with RunningEngine(model, runner=runner) as engine:
-            numbers = [send(engine, requests[index]) for index in chosen]
-            compared = compare(engine, numbers, [alone[index] for index in chosen])
+            compared = compare(engine, [send(engine, request) for request in requests], alone)
         ahead = sum(step.ahead for step in engine.steps)
         most = max(step.num_rounds for step in engine.steps)
         what = (
             f"all at once, {ahead} of {len(engine.steps)} steps launched while one was under way,"
             f" up to {most} tokens a row"
         )
-        is_free = runner is model.runner
-        real = ahead > len(engine.steps) // 2 and most > 1 if is_free else ahead == 0 and most == 1
+        if runner is model.runner:
+            real = ahead > len(engine.steps) // 2 and most > 1
+        else:
+            real = ahead == 0 and most == 1
         yield compared, what, real
 
 
@@ -177,14 +177,13 @@ def among_others(
 def again_and_again(
     model: Model, requests: list[Request], alone: list[Answer], times: int
 ) -> Iterator[tuple[Compared, str, bool]]:
-    """Among as many others that change each time, every other time those alone that may draw several tokens
-    a step. For a million rows: `--only same --again 100 --subjects 128 --watched 100`.
+    """Among as many others that change each time. For a million rows: `--only same --again 100 --subjects 128
+    --watched 100`.
     """
-    free = [index for index, request in enumerate(requests) if not request.sampling.penalises]
     compared, most, rounds = Compared(), 0, 0
     for turn in range(times):
         generator = random.Random(f"again {turn}")
-        order = list(range(len(requests))) if turn % 2 == 0 else free[:]
+        order = list(range(len(requests)))
         generator.shuffle(order)
         with RunningEngine(model) as engine:
             subjects: list[int] = []

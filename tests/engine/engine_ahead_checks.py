@@ -93,14 +93,28 @@ def a_cancelled_sequence_keeps_its_blocks_until_both_steps_are_over(code: Code) 
 
 
 @check
-def penalties_wait_for_the_tokens(code: Code) -> None:
-    world = make(code, num_blocks=40)
-    story = world.submit(Arrival(0, [1] * 20, 5, min_tokens=5, penalises=True))
-    other = world.submit(Arrival(0, [2] * 5, 5, min_tokens=5))
-    finish(world)
-    assert world.num_ahead == 1  # with the end of the prompt
-    assert story.tokens == alone([1] * 20, 5, min_tokens=5, penalises=True)
-    assert other.tokens == alone([2] * 5, 5, min_tokens=5)
+def penalties_go_ahead_of_the_tokens_they_count(code: Code) -> None:
+    world = make(code, num_blocks=40, max_draws=4)
+    story = world.submit(Arrival(0, [1] * 20, 15, min_tokens=15, penalises=True))
+    other = world.submit(Arrival(0, [2] * 5, 15, min_tokens=15))
+    assert finish(world) == 6 and world.num_ahead == 5
+    assert story.tokens == alone([1] * 20, 15, min_tokens=15, penalises=True)
+    assert other.tokens == alone([2] * 5, 15, min_tokens=15)
+
+
+@check
+def penalties_know_how_many_tokens_they_do_not_know(code: Code) -> None:
+    world = make(code, max_draws=4)
+    world.submit(Arrival(0, [1, 2, 3], 20, min_tokens=20, penalises=True))
+    first = world.scheduler.schedule(0, 4)
+    missing = []
+    for results in (1, 4, 4):
+        behind = world.scheduler.schedule(0, 4)
+        [row] = behind.rows
+        missing.append(row.end - len(row.sequence.token_ids))
+        world.scheduler.update(first, [SampledToken(5)] * results)
+        first = behind
+    assert missing == [1, 4, 4]
 
 
 @check

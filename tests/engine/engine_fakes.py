@@ -9,8 +9,9 @@ same tokens whatever the batch" is the whole test.
 
 Like a real device it computes between `launch` and the end of `wait`, as late as it can, steps in the order
 of their launch and all rows of a step at once: what one row writes, no other row of the step may read. A
-token that is not known at launch it takes from what the step before drew. A row that draws several tokens
-computes each but the last before the next is drawn, round by round.
+token that is not known at launch it takes from what the step before drew, and so those before it that
+penalties ask for. A row that draws several tokens computes each but the last before the next is drawn, round
+by round.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from worker_orcd.sequence import Row, RowFailure, RowResult, SampledToken, Step
 
 VOCAB = 24
 STOP = frozenset({0, 1})
-NOBODY_KNOWS = -1  # a token that a step under way draws and computes
-
 Windows = Sequence[int | None]  # of the cache groups
 Entries = list[dict[int, bytes]]  # for each group: position -> what is stored there
 
@@ -85,7 +84,7 @@ class _Copied:
 
     row: Row
     tables: list[list[int]]
-    token_ids: list[int]  # up to the end of the row, or but the one that is not known; then those drawn
+    token_ids: list[int]  # those that are known, then all up to the end of the row, then those drawn
     results: list[RowResult] = field(default_factory=list[RowResult])
 
     @property
@@ -128,7 +127,8 @@ class FakeDevice:
         default_factory=dict
     )  # (group, block id) -> its writer's salt
     failing_rows: dict[int, RowFailure] = field(default_factory=dict)  # by sequence id, once
-    drawn: list[int] = field(default_factory=list)  # by the step that was computed last
+    # By the step that was computed last: tokens of each row that drew some.
+    drawn: list[list[int]] = field(default_factory=list)
     num_launched: int = 0
     num_computed: int = 0
 
@@ -145,9 +145,6 @@ class FakeDevice:
             token_ids = s.token_ids[: row.end]
             unknown = row.previous_draw is not None
             assert row.num_tokens >= 1 and (row.num_tokens == 1 if unknown else len(token_ids) == row.end)
-            token_ids += [NOBODY_KNOWS] * (row.end - unknown - len(token_ids))
-            blind = unknown or row.num_draws > 1
-            assert not (blind and s.sampling.penalises), "a draw that depends on a token nobody knows"
             last = row.end + max(1, row.num_draws) - 1
             assert s.may_stop_at(row.end) == s.may_stop_at(last), "what is excluded changes meanwhile"
             rows.append(_Copied(row, tables, token_ids))
@@ -161,14 +158,19 @@ class FakeDevice:
         assert pending.number == self.num_computed, "a step was waited for before the one in front of it"
         for copied in pending.rows:
             if copied.row.previous_draw is not None:
-                copied.token_ids.append(self.drawn[copied.row.previous_draw])
+                drawn = self.drawn[copied.row.previous_draw]
+                missing = copied.row.end - len(copied.token_ids)
+                assert missing == len(drawn), (
+                    "some of what the step before drew is known, or not all is unknown"
+                )
+                copied.token_ids += drawn
         for number in range(max(1, *(copied.row.num_draws for copied in pending.rows), 1)):
             before = [[list(block) for block in blocks] for blocks in self.cache]
             for copied in pending.rows:
                 if number < max(1, copied.row.num_draws):
                     self._compute_row(before, copied, number)
         self.drawn = [
-            result.token_id if isinstance(result := copied.results[-1], SampledToken) else 0
+            [result.token_id if isinstance(result, SampledToken) else 0 for result in copied.results]
             for copied in pending.rows
             if copied.row.samples
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from engine_block_checks import Check
@@ -51,6 +52,15 @@ def decodes_are_in_rounds_and_prompts_are_not(code: Code) -> None:
     story = world.submit(Arrival(0, [1, 2, 3], 10, min_tokens=10))
     assert finish(world) == [1, 4, 4, 1]
     assert story.tokens == alone([1, 2, 3], 10, min_tokens=10)
+
+
+@check
+def penalties_and_biases_do_not_end_rounds(code: Code) -> None:
+    world = make(code)
+    story = world.submit(Arrival(0, [1, 2, 3], 10, min_tokens=10, penalises=True))
+    story.sequence.sampling = replace(story.sequence.sampling, logit_bias=((3, 1.0),))
+    assert finish(world) == [1, 4, 4, 1]
+    assert story.tokens == alone([1, 2, 3], 10, min_tokens=10, penalises=True)
 
 
 @check

@@ -219,7 +219,6 @@ MUTANTS = [
         "sequence.finish_reason is not None:",
     ),
     in_scheduler("a step ahead is planned as any other", "ahead=bool(self._in_flight)", "ahead=False"),
-    in_scheduler("penalties do not wait", "s.num_draws_under_way and s.sampling.penalises", "False"),
     in_scheduler(
         "a step ahead preempts for blocks", "self._tables.extend_all(dict.fromkeys(growing, 1))", "True"
     ),
@@ -276,7 +275,22 @@ MUTANTS = [
         "min(config.max_model_len or capacity, capacity)",
         "config.max_model_len or capacity",
     ),
-    in_plan("penalties draw blindly", "if sequence.sampling.penalises:", "if False:"),
+    in_plan(
+        "of several draws one is under way", "num_draws_under_way += num_draws", "num_draws_under_way += 1"
+    ),
+    in_scheduler(
+        "of several draws one is over", "num_draws_under_way -= row.num_draws", "num_draws_under_way -= 1"
+    ),
+    in_plan(
+        "a row goes on in front of the last draw",
+        "Row(sequence, num_tokens, sequence.num_scheduled_tokens,",
+        "Row(sequence, num_tokens, sequence.num_scheduled_tokens - (previous is not None and num_draws > 1),",
+    ),
+    in_plan(
+        "a draw is told to be that of the step before it",
+        "sequence.draw_index = num_drawing",
+        "sequence.draw_index = sequence.draw_index or num_drawing",
+    ),
     in_plan("what is excluded is for all rounds", "and 0 < num_excluding < num_left:", "and False:"),
     in_plan(
         "more is drawn than max_tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
@@ -183,6 +184,16 @@ def test_a_backend_that_fails_is_reported_in_the_engine_s_terms(
     assert isinstance(runner.launch(made).wait()[0], SampledToken)
 
 
+def knowing(draw: Draw, token_ids: list[int]) -> Draw:
+    """The draw behind those tokens, of which its entries have none."""
+    entries = copy.deepcopy(draw.entries)
+    if entries is not None and draw.params.penalises:
+        for token_id in token_ids:
+            entries.count(token_id)
+    position = draw.position + len(token_ids) - draw.num_unknown
+    return replace(draw, entries=entries, position=position, count=1, num_unknown=0)
+
+
 class Drawing:
     """A forward pass on a device that draws: computed at `launch`, told when waited for.
 
@@ -192,6 +203,7 @@ class Drawing:
     def __init__(self, compiled: CompiledForward, inputs: BatchInputs, vocab_size: int) -> None:
         self._compiled, self._inputs, self._sampler = compiled, inputs, Sampler(vocab_size)
         self._drawn = torch.zeros(0, dtype=torch.int32)
+        self._tokens: list[list[int]] = []  # of the step before, by draw
         self.fails_at = ""
         self.waited = 0
         self.max_draws = 4
@@ -206,20 +218,25 @@ class Drawing:
         ids[ids < 0] = self._drawn[-1 - ids[ids < 0]]
         draws = list(draws)
         found: list[list[RowResult]] = [[] for _ in draws]
+        before = self._tokens
+        self._tokens = [[] for draw in draws if draw is not None]
         for number in range(counts.num_rounds):
             if number:
                 self._go_on([draw for draw in draws if draw is not None], number)
             logits = iter(self._compiled(counts).numpy())
-            drawn = []
+            tokens = iter(self._tokens)
             for draw, results in zip(draws, found, strict=True):
                 if draw is None:
                     results.append(None)
                     continue
-                result = self._sampler.sample(next(logits), replace(draw, position=draw.position + number))
+                drawn = next(tokens)
+                unknown = before[draw.previous][-draw.num_unknown :] if draw.num_unknown else []
+                assert len(unknown) == draw.num_unknown
+                result = self._sampler.sample(next(logits), knowing(draw, unknown + drawn))
                 drawn.append(getattr(result, "token_id", 0))
                 if number < draw.count:
                     results.append(result)
-            self._drawn = torch.tensor(drawn, dtype=torch.int32)
+            self._drawn = torch.tensor([drawn[-1] for drawn in self._tokens], dtype=torch.int32)
 
         def results() -> list[RowResult]:
             self.waited += 1
@@ -285,11 +302,10 @@ def test_two_steps_under_way_give_the_tokens_of_one(
         {},
         {"temperature": 1.5, "logprobs": 3},
         {"temperature": 1.5, "top_k": 20, "min_p": 0.01},
-        {"temperature": 1.5, "presence_penalty": 0.7},
+        {"temperature": 1.5, "presence_penalty": 0.7, "frequency_penalty": 1.5, "repetition_penalty": 1.5},
+        {"temperature": 1.5, "logit_bias": ((7, 2.0), (9, -1.0)), "frequency_penalty": 3.0},
         {"logit_bias": ((320, 1.0),)},  # fails
     ]
-    if max_draws > 1:  # one row with penalties keeps all from drawing several tokens
-        kinds[3] = {"temperature": 1.5, "logit_bias": ((7, 2.0), (9, -1.0))}
     submits = [
         replace(
             submit(

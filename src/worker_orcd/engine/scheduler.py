@@ -35,14 +35,15 @@ is not computed yet.
 Ahead. A second step may be scheduled while one is under way, and is updated after it. It goes on where the
 first will end: a sequence that the first draws a token for has a row of that token, whose id nobody knows
 yet. The number of tokens is known, so nobody gets a row beyond `max_tokens`; whoever turns out to have ended
-in the first step has a row in the second for nothing, and its result is ignored. Where more must be known, or
-somebody would have to be preempted, `schedule` gives None, and a step when the first is over: penalties ask
-for the tokens before the next; a running sequence lacks a block for its next token; one that waits may
-preempt. So everybody who runs has the blocks that it needs, the ranks decide as above, and nothing starves.
+in the first step has a row in the second for nothing, and its result is ignored. The device knows what it has
+drawn, and counts those tokens where penalties ask for them. Where somebody would have to be preempted,
+`schedule` gives None, and a step when the first is over: a running sequence lacks a block for its next token;
+one that waits may preempt. So everybody who runs has the blocks that it needs, the ranks decide as above, and
+nothing starves.
 
 Rounds. In a step of decodes alone each row may draw several tokens, as many as the caller allows, where there
-are blocks for them, nothing that a draw depends on changes meanwhile, and nobody who waits could get the seat
-of one who reaches `max_tokens` meanwhile. What a row draws behind a stop token is thrown away.
+are blocks for them, which tokens may be drawn does not change meanwhile, and nobody who waits could get the
+seat of one who reaches `max_tokens` meanwhile. What a row draws behind a stop token is thrown away.
 """
 
 from __future__ import annotations
@@ -236,8 +237,6 @@ class Scheduler:
     def _may_go_ahead(self) -> bool:
         """Whether a step can be planned behind the one under way; then nobody is preempted for it."""
         growing = [s for s in self.running if s.num_unscheduled_tokens > 0]
-        if any(s.num_draws_under_way and s.sampling.penalises for s in growing):
-            return False
         has_seat = 0 < len(self.running) < self._config.max_num_seqs
         if has_seat and self.waiting and self.waiting[0].priority < self.running[-1].priority:
             return False

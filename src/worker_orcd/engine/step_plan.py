@@ -62,9 +62,7 @@ def start(plan: StepPlan, max_rounds: int) -> Step:
 
 
 def max_draws_of(sequence: Sequence) -> int:
-    """How many tokens can be drawn of it before more must be known than that they were drawn."""
-    if sequence.sampling.penalises:
-        return 1
+    """How many tokens can be drawn of it before which tokens may be drawn changes."""
     num_left = sequence.num_undrawn_tokens
     num_excluding = sequence.min_tokens - (sequence.max_tokens - num_left)  # draws that no stop token may be
     if sequence.stop_token_ids and 0 < num_excluding < num_left:

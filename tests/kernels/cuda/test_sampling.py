@@ -115,6 +115,16 @@ def test_counts_do_not_depend_on_other_rows(
 
 
 @pytest.mark.slow
+def test_steps_ahead_draw_what_the_host_draws_one_by_one() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    found = under_interpreter.run("interpreted_steps.py")
+    assert found["ahead"] > found["steps"] // 2 and found["rounds"] == 4
+    assert [len(set(alone)) > 4 for _, alone in found["tokens"]] == [True, True, True, True, False]
+    for ahead, alone in found["tokens"]:
+        assert ahead == alone
+
+
+@pytest.mark.slow
 def test_failures_are_whose_fault_they_are(
     interpreted: dict[str, list[list[dict[str, Any] | None]]],
 ) -> None:
