@@ -53,20 +53,12 @@ from worker_orcd.sequence import Row, SamplingParams, Sequence, Step
 ROWS = (1, 4)
 ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=4, max_model_len=1024)
 DEVICE = DeviceConfig(kv_cache_size_mb=2048, memory_fraction=0.9)
-ALL = 1 << 40
 WAYS: dict[str, Overlap] = {
     "plain": Overlap(),
     "small-1": Overlap(mode=1),
     "small-2": Overlap(mode=2),
-    "all-1": Overlap(mode=1, product=1, largest=ALL),
-    "ask-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20),
-    "kv-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20, ahead=4),
-    "early1-ask-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20, early=1),
-    "early2-ask-1": Overlap(mode=1, product=1, largest=ALL, asked=8 << 20, early=2),
-    "all-2": Overlap(mode=1, product=2, largest=ALL),
-    "ask-2": Overlap(mode=1, product=2, largest=ALL, asked=8 << 20),
-    "ask-1-below-6M": Overlap(mode=1, product=1, largest=6 << 20, asked=8 << 20),
-    "ask-2-below-6M": Overlap(mode=1, product=2, largest=6 << 20, asked=8 << 20),
+    "all-1": Overlap(mode=1, product=1),
+    "all-2": Overlap(mode=1, product=2),
 }
 STEPS = 160  # of 4 sequences, more than a split of attention; then as many of one
 Log = list[tuple[Kernel, Grid]]

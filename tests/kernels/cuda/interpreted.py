@@ -133,27 +133,6 @@ def heads_case(
     return {"error": error + differ, "counters": int(counters.abs().sum())}
 
 
-def early_case(name: str, k: int, early: int, *, split: bool, step: int = 0) -> dict[str, object]:
-    """Weights that are loaded before activations: the bits are those of all loaded in the loop."""
-    fmt = BY_NAME[name]
-    shape, packed = pack(Matrix(name, fmt, 64, k, random_rows(fmt, 64, k, k)), step)
-    shape = dataclasses.replace(shape, chunks=2 if split else 1)
-    weight = upload(shape, 64, torch.from_numpy(packed))
-    x = torch.randn(3, k, generator=torch.Generator().manual_seed(1)).to(weight.operand)
-    tile = Tile(rows=64, tokens=16, warps=4, stages=2, split=split)
-    partials, counters = torch.full((2 * 3 * 64,), torch.nan), torch.zeros(64, dtype=torch.int32)
-    outputs = []
-    for steps in (0, early):
-        y = torch.full((3, 64), torch.nan)
-        variant = Variant(shape=shape, tile=tile, portable=True, early=steps)
-        linear[(1, 1, 2 if split else 1)](
-            weight.words, weight.high, weight.headers, weight.shifts, x, y, partials, counters, y, y, 64, 3,
-            64, y, counters, counters, y, 0, **dict(variant.kernel().constants),
-        )  # fmt: skip
-        outputs.append(y)
-    return {"error": float(not torch.equal(*outputs)), "counters": int(counters.abs().sum())}
-
-
 def ends_and_beginnings() -> list[dict[str, object]]:
     whole, split = (Tile(rows=64, tokens=16, warps=4, stages=2, split=split) for split in (False, True))
     wide = Tile(rows=128, tokens=32, warps=4, stages=2)
@@ -163,10 +142,6 @@ def ends_and_beginnings() -> list[dict[str, object]]:
         heads_case("Q5_0", split, 2, rotated=True, bias=True),
         heads_case("Q8_0", wide, 2, rotated=True, bias=False),
         heads_case("Q8_0", whole, 1, rotated=True, bias=True, fp8=True),
-        early_case("Q8_0", 896, 2, split=False),
-        early_case("Q5_0", 512, 2, split=True),
-        early_case("Q6_K", 1024, 1, split=True, step=128),
-        early_case("Q4_K", 768, 3, split=False),
     ]
 
 

@@ -240,12 +240,11 @@ class Attention:
         if not params.scale > 0:
             raise ValueError(f"scores are multiplied by {params.scale}; it must be positive")
         plan = self._plan_of(cut, tile)
-        overlap = self._kernels.overlap_mode(len(q))
         self._kernels.launch(
             attend_kernel(
                 cut, tile, keys_values.shape[3], (q.dtype, keys_values.dtype, out.dtype),
                 sinks=sinks is not None, native=self._kernels.capability >= NATIVE_FP8,
-                overlap=overlap, ahead=self._kernels.overlap.ahead if overlap else 0,
+                overlap=self._kernels.overlap_mode(len(q)),
             ),
             (self._with_work(plan, len(q)), 1, 1),
             q, keys_values, table, self._work[plan], out if sinks is None else sinks, out, self._parts,
@@ -264,7 +263,6 @@ def attend_kernel(
     sinks: bool,
     native: bool,
     overlap: int = 0,
-    ahead: int = 0,
 ) -> Kernel:
     """The kernel of one kind of layer. `dtypes`: of queries, of the cache, of results.
 
@@ -287,7 +285,6 @@ def attend_kernel(
         "MERGED": min(16, 1 << (cut.heads - 1).bit_length()),  # rows whose parts are merged at a time
         "AT_ONCE": 8 if sum(cut.values) < _WIDEST else 4,  # splits that are on their way then
         "OVERLAP": overlap,
-        "AHEAD": ahead,
     }  # fmt: skip
     return Kernel(
         module="attention",

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from worker_orcd.kernels.cuda.fp8 import decoded
-from worker_orcd.kernels.cuda.overlap import ask_lines, wait
+from worker_orcd.kernels.cuda.overlap import wait
 
 KEYS = tl.constexpr(64)  # of a tile
 TURNS = tl.constexpr(8)
@@ -240,21 +240,6 @@ def paged(tile, BLOCK_SIZE: tl.constexpr):
         return (tile * KEYS + key) // BLOCK_SIZE, (tile * KEYS + key) % BLOCK_SIZE
 
 
-@triton.jit
-def ask_tile(keys, values, table, tile, end, block_stride, D: tl.constexpr, V: tl.constexpr,
-             BLOCK_SIZE: tl.constexpr):  # fmt: skip
-    """Bring a tile of keys and values to the L2 cache, if it is before tile `end`."""
-    entry, place = paged(tile, BLOCK_SIZE)
-    there = entry * 0 + tile < end
-    block = tl.load(table + entry, mask=there, other=0, cache_modifier=".cg")
-    at = block.to(tl.int64) * block_stride + place * D
-    LINE: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
-    for column in tl.static_range(0, D, LINE):
-        ask_lines(keys + at + column, there)
-    for column in tl.static_range(0, V, LINE):
-        ask_lines(values + at + column, there)
-
-
 # -- attention ---------------------------------------------------------------------------------------------
 
 
@@ -264,7 +249,7 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
                 D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
                 V1: tl.constexpr, VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
                 WINDOW: tl.constexpr, SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr,
-                AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+                AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One unit, for the heads of `lane`. What it is does not wait for the kernel before."""
     GROUP: tl.constexpr = (HEADS // KV_HEADS + HEAD_TILES - 1) // HEAD_TILES  # heads of a tile
     LANES: tl.constexpr = KV_HEADS * HEAD_TILES * VALUE_PARTS
@@ -305,8 +290,6 @@ def attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, lane
     block = tl.load(
         table + entry, mask=first * KEYS + tl.arange(0, KEYS) < end, other=0, cache_modifier=".cg"
     )
-    for i in tl.static_range(AHEAD):
-        ask_tile(kp, vp, table, first + i, last, block_stride, D, V, BLOCK_SIZE)
     wait(OVERLAP)
     q0 = tl.load(qp + d0[None, :], mask=within(live[:, None], d0, D, D0 + D1), other=0.0)
     q1 = q0
@@ -406,7 +389,7 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
            V1: tl.constexpr, VALUE_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
            WINDOW: tl.constexpr, SINKS: tl.constexpr, NATIVE: tl.constexpr, MERGED: tl.constexpr,
-           AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0, AHEAD: tl.constexpr = 0):  # fmt: skip
+           AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr = 0):  # fmt: skip
     """Any number of programs. The queries have D columns, a program gives V of the values'.
 
     They are computed with as D0 + D1 and V0 + V1, which are as many; or more, zeros, and then in one piece.
@@ -429,5 +412,5 @@ def attend(q, cache, table, work, sinks, out, parts, sums, counters, scale, valu
             attend_unit(q, cache, table, record, sinks, out, parts, sums, counters, item % LANES, scale,
                         values, block_stride, q_stride, table_stride, HEADS, KV_HEADS, HEAD_TILES, D, D0, D1,
                         V, V0, V1, VALUE_PARTS, ROWS, BLOCK_SIZE, WINDOW, SINKS, NATIVE, MERGED, AT_ONCE,
-                        OVERLAP, AHEAD)  # fmt: skip
+                        OVERLAP)  # fmt: skip
     wait(OVERLAP)  # a kernel that had nothing to do must not end before those before it

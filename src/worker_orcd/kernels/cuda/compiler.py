@@ -28,21 +28,16 @@ Grid = tuple[int, int, int]
 class Overlap:
     """How kernels of a step of few tokens start before those before them have ended. It changes no bits.
 
-    Modes are those of `overlap`. A kernel of a larger weight than `largest` starts when all is over: what it
-    asks for early would take from the one before it what that needs.
+    Modes are those of `overlap`.
     """
 
     mode: int = 0  # of all kernels but products
     product: int = 0  # of products
-    largest: int = 0  # bytes of a weight
-    early: int = 0  # steps of weights that go to registers
-    ahead: int = 0  # tiles of keys and values that attention brings to the L2 cache
-    asked: int = 0  # bytes of a weight of which all else goes to the L2 cache
 
 
 NO_OVERLAP = Overlap()
 # What was fastest for each of three models on an H100: see docs/perf/gpu.md.
-FULL_OVERLAP = Overlap(mode=1, product=2, largest=1 << 62)
+FULL_OVERLAP = Overlap(mode=1, product=2)
 OVERLAPPING_TOKENS = 64  # a step of more has no time to gain
 
 

@@ -241,7 +241,6 @@ class ExpertProducts:
         pairs, slots, k = experts.numel(), experts.shape[1], weight.shape.k
         width = 0 if order is None else order.width
         capability, overlap = self._kernels.capability, self._kernels.overlap
-        near = len(x) <= OVERLAPPING_TOKENS and weight.matrix.num_bytes <= overlap.largest
         streamed = can_stream(capability) and x.stride(0) % 16 == 0
         tile = tile or choose_expert_tile(weight.shape, weight.n, pairs, width, capability, streamed=streamed)
         self._check(x, weight, experts, out, glu, tile)
@@ -259,7 +258,7 @@ class ExpertProducts:
             bias=weight.bias is not None,
             out=_OUT[out.dtype],
             aligned=tuple(name for name, value in sizes.items() if value % 16 == 0),
-            overlap=overlap.product if near else 0,
+            overlap=overlap.product if len(x) <= OVERLAPPING_TOKENS else 0,
         )
         programs = pairs if order is None else order.num_tiles * (width // tile.tokens)
         grid = -(-weight.n // tile.rows), programs, weight.shape.chunks if tile.split else 1

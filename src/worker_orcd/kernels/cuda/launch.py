@@ -129,17 +129,12 @@ class Products:
             out=_OUT[out.dtype],
         )
         odd = out.stride(0) % 16 != 0
-        overlap = self._kernels.overlap
-        near = tokens <= OVERLAPPING_TOKENS and weight.num_bytes <= overlap.largest and overlap.product
-        early = near and tokens <= 16
         variant = Variant(
             shape=weight.shape,
             tile=tile,
             epilogue=epilogue,
             odd_stride=odd,
-            overlap=overlap.product if near else 0,
-            early=min(overlap.early, weight.shape.steps_of_chunk) if early else 0,
-            asked=bool(early) and tile.rows == 64 and weight.num_bytes <= overlap.asked,
+            overlap=self._kernels.overlap.product if tokens <= OVERLAPPING_TOKENS else 0,
         )
         grid = -(-n // tile.rows), -(-tokens // tile.tokens), weight.shape.chunks if tile.split else 1
         self._kernels.launch(

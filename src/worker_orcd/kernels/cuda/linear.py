@@ -22,7 +22,7 @@ from worker_orcd.kernels.cuda.cache_type import KEY_SCALE
 from worker_orcd.kernels.cuda.elementwise import applied, rounded
 from worker_orcd.kernels.cuda.formats import load_weights, load_x, multiply
 from worker_orcd.kernels.cuda.fp8 import stored
-from worker_orcd.kernels.cuda.overlap import ask, release, wait
+from worker_orcd.kernels.cuda.overlap import release, wait
 
 _KEYS = tl.constexpr(KEY_SCALE)
 
@@ -32,12 +32,10 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
               BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNKS: tl.constexpr, PLANES: tl.constexpr,
               HIGH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr,
               TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, PORTABLE: tl.constexpr,
-              OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0):  # fmt: skip
+              OVERLAP: tl.constexpr = 0):  # fmt: skip
     """The product of one chunk of K. `tile`, `row`: each row's tile and its place there. [ROWS, TOKENS]
 
-    With OVERLAP weights are asked for before activations are there: those of EARLY steps into registers, and,
-    if ASKED, those of the others to the L2 cache. UNROLL steps are taken at a time: it divides those that
-    are not EARLY.
+    UNROLL steps are taken at a time: it divides those of a chunk.
     """
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     WIDTH: tl.constexpr = STEP // PLANES
@@ -58,26 +56,11 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
     shift = tl.load(shifts + row)
     shift = tl.broadcast_to(shift[:, None], (ROWS, WIDTH))
     left = K - chunk * (COUNT * STEP)
-    early = ()
-    for i in tl.static_range(EARLY):
-        at = (chunk * COUNT + i) % PARTS
-        early = early + (load_weights(wp, hp, sp, row, half, at, PARTS, HEADER, HIGH),)
-        wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
-    if ASKED:
-        ask_rest(w, h, s, tl.program_id(0), chunk, STEPS, COUNT, EARLY, PARTS, WIDTH, HIGH, SHARE, HEADER,
-                 ROWS)  # fmt: skip
     wait(OVERLAP)
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    columns = ()
-    for i in tl.static_range(EARLY):
-        columns = columns + (load_x(xp + i * STEP, token_mask, left - i * STEP, PLANES, WIDTH, TAIL),)
-    for i in tl.static_range(EARLY):
-        acc = multiply(acc, early[i], shift, columns[i], FORMAT, ROWS, WIDTH, PORTABLE)
-    xp += EARLY * STEP
-    left -= EARLY * STEP
-    for i in tl.range(0, (COUNT - EARLY) // UNROLL, num_stages=STAGES):
+    for i in tl.range(0, COUNT // UNROLL, num_stages=STAGES):
         for j in tl.static_range(UNROLL):
-            at = (chunk * COUNT + EARLY + i * UNROLL + j) % PARTS
+            at = (chunk * COUNT + i * UNROLL + j) % PARTS
             weights = load_weights(wp, hp, sp, row, half, at, PARTS, HEADER, HIGH)
             some = load_x(xp, token_mask, left, PLANES, WIDTH, TAIL)
             acc = multiply(acc, weights, shift, some, FORMAT, ROWS, WIDTH, PORTABLE)
@@ -97,22 +80,6 @@ def advanced(w, h, s, at, WIDTH: tl.constexpr, SHARE: tl.constexpr, HEADER: tl.c
     else:
         s += at * (16 * HEADER)
     return w + 64 * WIDTH, h + 64 // SHARE * WIDTH, s
-
-
-@triton.jit
-def ask_rest(w, h, s, pn, chunk, STEPS: tl.constexpr, COUNT: tl.constexpr, EARLY: tl.constexpr,
-             PARTS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, SHARE: tl.constexpr,
-             HEADER: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Bring what a program reads of a chunk after its EARLY steps to the L2 cache: a run of each section."""
-    tl.static_assert(ROWS == 64)
-    REST: tl.constexpr = COUNT - EARLY
-    SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
-    step = pn * STEPS + chunk * COUNT + EARLY
-    ask(w + step * (64 * WIDTH), REST * 64 * WIDTH * SIZE)
-    if HIGH:
-        ask(h + step * (64 // SHARE * WIDTH), REST * (64 // SHARE * WIDTH * 2))
-    if HEADER:
-        ask(s + step // PARTS * (16 * HEADER), (REST + PARTS - 1) // PARTS * (64 * HEADER))
 
 
 @triton.jit
@@ -225,8 +192,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
            UNROLL: tl.constexpr, PAIRED: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, PORTABLE: tl.constexpr, HEAD: tl.constexpr = 0, HEADS: tl.constexpr = 0,
            KV_HEADS: tl.constexpr = 0, CACHE_BLOCK: tl.constexpr = 0, ROTATED: tl.constexpr = False,
-           OVERLAP: tl.constexpr = 0, EARLY: tl.constexpr = 0, ASKED: tl.constexpr = 0,
-           FLIGHT: tl.constexpr = 1):  # fmt: skip
+           OVERLAP: tl.constexpr = 0, FLIGHT: tl.constexpr = 1):  # fmt: skip
     """Programs: (row tiles, token tiles, chunks if SPLIT). x (tokens, K) of the format's operand type."""
     pn = tl.program_id(0)
     pt = tl.program_id(1)
@@ -243,7 +209,7 @@ def linear(w, h, s, shifts, x, y, partials, counters, bias, residual, n, tokens,
     if CHUNKS == 1 or SPLIT:
         total = chunk_sum(w, h, s, shifts, xp, token_mask, tile, row, tl.program_id(2), K, FORMAT, BLOCK,
                           STEP, CHUNKS, PLANES, HIGH, SHARE, HEADER, ROWS, TOKENS, STAGES, UNROLL,
-                          PORTABLE, OVERLAP, EARLY, ASKED)  # fmt: skip
+                          PORTABLE, OVERLAP)  # fmt: skip
     else:
         wait(OVERLAP)
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)

@@ -14,12 +14,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_ASK_TEXT = tl.constexpr("""{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""")
-
-_LINE_TEXT = tl.constexpr("""{ .reg .pred p; setp.ne.s32 p, $2, 0;
-@p prefetch.global.L2 [$1]; mov.u32 $0, 0; }""")
-
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
@@ -35,25 +29,3 @@ def release(OVERLAP: tl.constexpr):
     """What is left of this program takes little: the next kernel may start."""
     if OVERLAP == 2:
         gdc_launch_dependents()
-
-
-@triton.jit
-def ask(pointer, SIZE: tl.constexpr):
-    """Bring SIZE bytes, a multiple of 16, to the L2 cache. One thread asks: the address is the program's."""
-    if SIZE > 0:
-        tl.inline_asm_elementwise(
-            _ASK_TEXT, "=r,l,r", [pointer.to(tl.int64), SIZE], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def ask_lines(pointers, mask):
-    """Bring the 128 bytes around each of `pointers` to the L2 cache."""
-    tl.inline_asm_elementwise(
-        _LINE_TEXT,
-        "=r,l,r",
-        [pointers.to(tl.int64), mask.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -119,8 +119,6 @@ class Variant:
     odd_stride: bool = False  # outputs of a token and the next are no multiple of 16 apart
     portable: bool = False  # plain Triton throughout, for the interpreter
     overlap: int = 0  # see `overlap`
-    early: int = 0  # steps of weights that are asked for before activations are there
-    asked: bool = False  # and all others, to the L2 cache
 
     def constants(self) -> dict[str, Any]:
         """The kernel's compile-time parameters."""
@@ -185,8 +183,6 @@ class Variant:
                 *self.constants().items(),
                 *self._heads().items(),
                 ("OVERLAP", self.overlap),
-                ("EARLY", self.early),
-                ("ASKED", self.asked),
                 ("FLIGHT", self.tile.flight(self.shape.chunks)),
             ),
             aligned=aligned if self.shape.aligned else (),
