@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from worker_orcd.kernels.draw import Draw
+from worker_orcd.kernels.memory import DeviceMemory
 from worker_orcd.quant import WeightFormat
 from worker_orcd.sequence import RowResult
 
@@ -178,6 +179,9 @@ class Backend(Protocol):
     description: str  # for people: "AVX512-VNNI, 2 threads, int8 activations"
 
     # -- memory ------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> DeviceMemory: ...
 
     def available_memory(self) -> int:
         """Bytes that this process may still take of the device."""

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from worker_orcd.config import KVCacheDtype
 from worker_orcd.errors import InvalidConfiguration
+from worker_orcd.kernels.memory import DeviceFacts, Held, Region
 
 _ROOT = Path("/")
+
+
+class HostMemory:
+    """Implements `kernels.memory.DeviceMemory`: the machine's, of which nothing is counted."""
+
+    counts = False
+
+    def __init__(self) -> None:
+        self.facts = DeviceFacts(memory_bytes=psutil.virtual_memory().total)
+
+    def regions(self) -> Sequence[Region]:
+        return ()
+
+    def allocated_bytes(self) -> int:
+        return 0
+
+    def held(self) -> Held | None:
+        return None
+
+    def seal(self) -> None:
+        """The machine's memory is not the worker's to close."""
+
+    def release(self) -> int | None:
+        return None
 
 
 def available_memory(root: Path = _ROOT) -> int:

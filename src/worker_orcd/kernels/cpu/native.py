@@ -39,7 +39,7 @@ from worker_orcd.kernels.backend import (
 from worker_orcd.kernels.cpu.cores import check_threads, usable_cores
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts
 from worker_orcd.kernels.cpu.library import Batch, Kind, Library, Rows
-from worker_orcd.kernels.cpu.memory import available_memory, check_cache, unused_memory
+from worker_orcd.kernels.cpu.memory import HostMemory, available_memory, check_cache, unused_memory
 from worker_orcd.kernels.cpu.program import (
     ROUTING_LISTS,
     InputName,
@@ -82,7 +82,7 @@ class NativeBackend:
     def __init__(self, library: Library, config: DeviceConfig) -> None:
         """Raises InvalidConfiguration for a number of threads the pool cannot have, or an fp8 KV cache."""
         check_cache(config.kv_cache_dtype)
-        self._library = library
+        self._library, self.memory = library, HostMemory()
         threads = usable_cores() if config.cpu_threads is None else check_threads(config.cpu_threads)
         if not library.set_threads(threads):
             raise InvalidConfiguration(f"a pool of {threads} threads cannot be made")

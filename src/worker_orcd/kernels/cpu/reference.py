@@ -38,7 +38,7 @@ from worker_orcd.kernels.backend import (
 )
 from worker_orcd.kernels.cpu.cores import check_threads
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
-from worker_orcd.kernels.cpu.memory import available_memory, check_cache, unused_memory
+from worker_orcd.kernels.cpu.memory import HostMemory, available_memory, check_cache, unused_memory
 
 TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
 
@@ -86,6 +86,7 @@ class ReferenceBackend:
             torch.set_num_threads(check_threads(num_threads))
         self._cache_dtype = torch.float16 if kv_cache_dtype == "float16" else torch.float32
         self._angles: dict[RopeParams, tuple[torch.Tensor, torch.Tensor]] = {}  # of the running step
+        self.memory = HostMemory()
         cache = "float16" if kv_cache_dtype == "float16" else "float32"
         self.description = f"torch reference, float32 activations, {cache} KV cache"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from worker_orcd.kernels.cuda.expert_weights import PackedExperts, pack_experts
 from worker_orcd.kernels.cuda.fuse import ATTENTION_DTYPE, fuse
 from worker_orcd.kernels.cuda.inputs import Staging
 from worker_orcd.kernels.cuda.launcher import KernelLauncher
+from worker_orcd.kernels.cuda.memory import CudaMemory
 from worker_orcd.kernels.cuda.program import (
     Add,
     Attend,
@@ -64,6 +65,7 @@ from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.cuda.step import CudaStep, DrawingStep
 from worker_orcd.kernels.cuda.weights import CudaWeight, Uploader
 
+T = TypeVar("T")
 MakeLauncher = Callable[[Kernels, BatchInputs, Limits, Sequence[Operation], torch.Tensor | None], Launcher]
 OnCompile = Callable[[int, int], None]
 
@@ -110,6 +112,7 @@ class CudaBackend:
         self._device = kernels.device
         self._graphs = graphs
         self._cache_dtype = FP8 if fp8_cache else ATTENTION_DTYPE
+        self.memory = CudaMemory(self._device)
         self._uploader = Uploader(self._device)
         self._program: Program | None = None  # being traced
         self._staging: Staging | None = None
@@ -119,8 +122,7 @@ class CudaBackend:
 
     def available_memory(self) -> int:
         """Bytes of device memory that nobody has."""
-        free, _total = torch.cuda.mem_get_info(self._device)
-        return free
+        return self.memory.free_bytes()
 
     def displaces_files(self, num_bytes: int) -> bool:
         """No: the device's memory is its own."""
@@ -136,7 +138,7 @@ class CudaBackend:
     ) -> CudaWeight:
         """Raises UnsupportedFormat naming the tensor; InsufficientMemory."""
         try:
-            return self._uploader.weight(parts, bias, gated=gated, head_dim=head_dim)
+            return self._note(self._uploader.weight(parts, bias, gated=gated, head_dim=head_dim))
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{parts[0].name} does not fit into the GPU's memory") from error
 
@@ -148,19 +150,22 @@ class CudaBackend:
     ) -> tuple[PackedExperts, ...]:
         """Raises as `matrix` does."""
         try:
-            return pack_experts(parts, num_experts, bias, self._uploader)
+            return self._note(pack_experts(parts, num_experts, bias, self._uploader))
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{parts[0].name} does not fit into the GPU's memory") from error
 
     def embedding(self, table: Matrix) -> CudaWeight:
         """Raises as `matrix` does. One packed copy serves `embed` and `linear`."""
         try:
-            return self._uploader.weight((table,), packed=True)
+            return self._note(self._uploader.weight((table,), packed=True))
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{table.name} does not fit into the GPU's memory") from error
 
     def vector(self, values: NDArray[np.float32]) -> torch.Tensor:
-        return torch.as_tensor(np.array(values, dtype=np.float32, order="C"), device=self._device)
+        return self._note(torch.as_tensor(np.array(values, np.float32, order="C"), device=self._device))
+
+    def _note(self, weight: T) -> T:
+        return self.memory.note("weights", weight)
 
     def allocate_inputs(self, limits: Limits) -> BatchInputs:
         staging = self._staging = Staging(limits, self._device)
@@ -172,7 +177,8 @@ class CudaBackend:
         """(2, num_blocks, num_kv_heads, block_size, head_dim), keys first. Raises InsufficientMemory."""
         shape = 2, num_blocks, num_kv_heads, block_size, head_dim
         try:
-            return LayerCache(torch.zeros(shape, dtype=self._cache_dtype, device=self._device))
+            cache = LayerCache(torch.zeros(shape, dtype=self._cache_dtype, device=self._device))
+            return self.memory.note("KV cache", cache)
         except torch.cuda.OutOfMemoryError as error:
             raise InsufficientMemory(f"{num_blocks} KV blocks do not fit into the GPU's memory") from error
 
