@@ -38,7 +38,8 @@ def test_an_event_is_one_json_line_with_a_sentence():
 def test_every_event_can_be_told(name: Event):
     stream = io.StringIO()
     event = told(Narration("json", stream=stream), stream, name, "It happened.")
-    assert event["level"] == {"error": "error", "warning": "warning"}.get(name, "info")
+    levels = {"error": "error", "gpu_error": "error", "residency_violation": "critical", "warning": "warning"}
+    assert event["level"] == levels.get(name, "info")
 
 
 def test_bound_fields_stay_with_their_narrator():

@@ -65,6 +65,15 @@ class CallbackConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WatchConfig:
+    """How a worker that serves looks after its GPU."""
+
+    yield_to_others: bool = False  # give the GPU up while other processes use it
+    gpu_poll_seconds: float = 2.0  # between looks at the GPU and at who is there
+    residency_check_seconds: float = 60.0  # between looks at where weights and KV cache lie
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     model: str  # a path, `file:` URI, `hf:org/repo/file.gguf`, or `demo`
     model_sha256: str | None = None
@@ -74,3 +83,4 @@ class WorkerConfig:
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
     callback: CallbackConfig = CallbackConfig()
+    watch: WatchConfig = WatchConfig()

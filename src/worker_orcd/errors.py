@@ -21,6 +21,7 @@ Everything that can go wrong, by whose move comes next.
     - QueueFull
     - Draining
     - NotReady
+      - Paused               the worker has left the device to others, jobs and all
   - Cancelled            somebody asked for it
   - DeadlineExceeded     the caller's own deadline passed
   - EngineError          we are at fault
@@ -121,6 +122,9 @@ class Draining(Unavailable):
 
 class NotReady(Unavailable):
     code = "NOT_READY"
+
+
+class Paused(NotReady): ...
 
 
 class Cancelled(WorkerError):

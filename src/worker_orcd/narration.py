@@ -22,17 +22,28 @@ Event = Literal[
     "model_load_start",
     "model_load_progress",
     "memory_plan",
+    "memory_measured",
     "model_load_complete",
     "ready",
     "execute_start",
     "execute_end",
     "cancel",
+    "paused",
+    "resumed",
+    "gpu_error",
+    "residency_violation",
     "warning",
     "error",
     "shutdown",
 ]
 Style = Literal["auto", "json", "pretty"]
 
+_LEVELS: dict[Event, str] = {  # all others are information
+    "error": "error",
+    "gpu_error": "error",
+    "residency_violation": "critical",
+    "warning": "warning",
+}
 _DIGEST_CHARS = 12
 
 
@@ -94,7 +105,7 @@ class Narration:
         self, event: Event, sentence: str, *, trace: BaseException | None = None, **fields: object
     ) -> None:
         """One event. `trace`: an unexpected exception, told with its traceback."""
-        write = {"error": self._logger.error, "warning": self._logger.warning}.get(event, self._logger.info)
+        write = getattr(self._logger, _LEVELS.get(event, "info"))
         details = self._fields | self._learnt | _known(fields)
         if trace is not None:
             details["exc_info"] = (type(trace), trace, trace.__traceback__)

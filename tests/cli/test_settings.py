@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from worker_orcd.cli.settings import PREFIX, Settings, about, allowed, load_config
-from worker_orcd.config import CallbackConfig, DeviceConfig, EngineConfig, ServerConfig, WorkerConfig
+from worker_orcd.config import (
+    CallbackConfig,
+    DeviceConfig,
+    EngineConfig,
+    ServerConfig,
+    WatchConfig,
+    WorkerConfig,
+)
 from worker_orcd.errors import InvalidConfiguration
 
 SECTIONS = {
@@ -18,6 +25,7 @@ SECTIONS = {
     "engine": EngineConfig,
     "server": ServerConfig,
     "callback": CallbackConfig,
+    "watch": WatchConfig,
 }
 
 
@@ -39,7 +47,7 @@ def test_every_field_of_the_configuration_has_exactly_one_setting() -> None:
         (section, field.name)
         for section, kind in SECTIONS.items()
         for field in dataclasses.fields(kind)
-        if not (section == "model" and field.name in ("device", "engine", "server", "callback"))
+        if not (section == "model" and field.name in ("device", "engine", "server", "callback", "watch"))
     ]
     assert sorted(targets) == sorted(fields)
 

@@ -9,6 +9,8 @@ import time
 import pytest
 
 from worker_orcd.errors import DeviceError, InsufficientMemory, InvalidModelFile
+from worker_orcd.nvml import GpuProcess, GpuSample
+from worker_orcd.server.gpu import GpuState, Residency
 from worker_orcd.server.metrics import Histogram
 
 HEALTH_FIELDS = {  # a contract: see docs/http-api.md
@@ -18,6 +20,9 @@ HEALTH_FIELDS = {  # a contract: see docs/http-api.md
     "architecture",
     "quant_kind",
     "resident",
+    "residency_violation",
+    "gpu",
+    "paused",
     "vram_bytes_used",
     "vram_bytes_total",
     "kv_blocks_total",
@@ -55,6 +60,11 @@ METRICS = {  # a contract: see docs/http-api.md
     "worker_prefix_cache_hit_ratio": "gauge",
     "worker_requests_running": "gauge",
     "worker_requests_waiting": "gauge",
+    "worker_paused": "gauge",
+    "worker_pauses_total": "counter",
+    "worker_residency_checks_total": "counter",
+    "worker_residency_violations_total": "counter",
+    "worker_gpu_available": "gauge",
 }
 
 
@@ -111,8 +121,59 @@ async def test_health_when_ready(world):
     assert body["fingerprint"].startswith("worker-orcd-0.")
     assert "execute" in body["capabilities"]
     assert await readiness(w) == (200, None, None)
-    w.status.degraded = "no compiler: the slow kernels are used"
+    w.status.slow = "no compiler: the slow kernels are used"
     assert (await health(w))[1]["status"] == "degraded"
+
+
+async def test_the_gpu_in_health_and_metrics(world):
+    w = world()
+    assert (await health(w))[1]["gpu"] == {"available": False, "reason": "the model is not loaded yet"}
+    sample = GpuSample(
+        temperature_celsius=60, utilization=0.5, ecc_corrected=3, ecc_uncorrected=0, xids=(13,)
+    )
+    others = (GpuProcess(7, 1000), GpuProcess(8))
+    w.status.gpu = GpuState().seen(sample, others)
+    code, body = await health(w)
+    assert (code, body["status"]) == (200, "healthy")
+    gpu = body["gpu"]
+    assert (gpu["temperature_celsius"], gpu["power_watts"], gpu["xids"]) == (60, None, {"13": 1})
+    assert gpu["other_processes"] == [{"pid": 7, "memory_bytes": 1000}, {"pid": 8, "memory_bytes": None}]
+    assert w.count("worker_gpu_temperature_celsius") == 60
+    assert w.count("worker_gpu_utilization_ratio") == 0.5
+    assert w.count('worker_gpu_ecc_errors{kind="corrected"}') == 3
+    assert w.count('worker_gpu_xid_errors_total{xid="13"}') == 1
+    assert (w.count("worker_gpu_other_processes"), w.count("worker_gpu_other_memory_bytes")) == (2, 1000)
+    assert "worker_gpu_power" not in w.metrics.exposition().decode()
+    w.status.gpu = w.status.gpu.seen(GpuSample(xids=(79,)), None)
+    _, body = await health(w)
+    assert (body["status"], body["degraded"]) == ("degraded", "the GPU reported Xid 79")
+    assert body["gpu"]["other_processes"] is None
+    assert await readiness(w) == (200, None, None)
+
+
+async def test_memory_that_lies_elsewhere_is_unhealthy(world):
+    w = world()
+    assert (await health(w))[1]["resident"] is None
+    w.status.residency = Residency(resident=False, checks=3, violations=1, found="8 bytes lie elsewhere")
+    code, body = await health(w)
+    assert (code, body["status"], body["state"], body["resident"]) == (503, "unhealthy", "ready", False)
+    assert body["residency_violation"] == "8 bytes lie elsewhere"
+    assert (w.count("worker_resident"), w.count("worker_residency_checks_total")) == (0, 3)
+    assert w.count("worker_residency_violations_total") == 1
+
+
+async def test_a_paused_worker_is_not_ready_and_says_why(world):
+    w = world()
+    w.status.pause("another process uses the GPU")
+    code, body = await health(w)
+    assert (code, body["status"], body["state"], body["load_percent"]) == (200, "degraded", "starting", 0)
+    assert body["paused"] == body["degraded"] == "another process uses the GPU"
+    assert body["vram_bytes_used"] is None
+    assert await readiness(w) == (503, "NOT_READY", "10")
+    assert (w.count("worker_paused"), w.count("worker_pauses_total")) == (1, 1)
+    w.status.loaded(w.serving)
+    assert (await health(w))[1]["paused"] is None and await readiness(w) == (200, None, None)
+    assert (w.count("worker_paused"), w.count("worker_pauses_total")) == (0, 1)
 
 
 async def test_health_and_readiness_when_busy(world, eventually):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from worker_orcd.nvml import GpuSample
+from worker_orcd.server.gpu import GpuState, Residency
 from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.openai.fields import HARMLESS, REFUSED
 from worker_orcd.server.openai.wire import ChatRequest, CompletionRequest
@@ -27,8 +30,12 @@ def test_every_field_without_effect_is_documented():
 
 
 def test_every_metric_is_documented():
-    names = {family.name for family in Metrics(Status(worker_id="w", model_ref="m")).collect()}
-    assert names
+    status = Status(worker_id="w", model_ref="m")
+    everything = {one.name: 1 for one in fields(GpuSample) if one.name not in ("xids", "processes")}
+    status.gpu = GpuState().seen(GpuSample(**everything), ())
+    status.residency = Residency(resident=True)
+    names = {family.name for family in Metrics(status).collect()}
+    assert len([name for name in names if name.startswith("worker_gpu")]) == 12
     for name in names:
         assert name.removesuffix("_info") in PAGE, name
 

@@ -52,10 +52,14 @@ def config(tiny_model: Path) -> WorkerConfig:
 
 @pytest.fixture
 def start(config: WorkerConfig) -> Start:
-    """`async with start(callback=…) as running`: changes are of the WorkerConfig."""
+    """`async with start(callback=…) as running`: changes are of the WorkerConfig. `doors`: what opens NVML
+    (`open_library`) and the driver (`open_probe`).
+    """
 
     @contextlib.asynccontextmanager
-    async def started(token: str | None = None, **changes: Any) -> AsyncIterator[Running]:
+    async def started(
+        token: str | None = None, doors: dict[str, Any] | None = None, **changes: Any
+    ) -> AsyncIterator[Running]:
         wanted = replace(config, **changes)
         log = io.StringIO()
         status = Status(worker_id=wanted.worker_id or "", model_ref=model_ref(wanted.model))
@@ -63,7 +67,7 @@ def start(config: WorkerConfig) -> Start:
         narration = Narration(style, stream=log, worker_id=status.worker_id, model_ref=status.model_ref)
         with listen(wanted.server) as listener:
             uri = uri_of(listener, wanted.server)
-            worker = Worker(wanted, status, narration, listener, token, None)
+            worker = Worker(wanted, status, narration, listener, token, None, **(doors or {}))
             task = asyncio.create_task(worker.run())
             async with httpx.AsyncClient(base_url=uri, timeout=60, trust_env=False) as client:
                 running = Running(worker, client, log, task)

@@ -164,7 +164,7 @@ async def test_a_lost_device_ends_every_stream_and_the_worker(start: Start, monk
                 ends.append((await rest(events_of(response)))[-1])
 
         streams = [asyncio.create_task(stream(f"j{i}")) for i in range(3)]
-        while running.worker._engine is None or running.worker._engine.snapshot.num_running < 3:
+        while running.worker._session is None or running.worker._session.snapshot.num_running < 3:
             await asyncio.sleep(0.01)
 
         def lost(_step: Any) -> Any:

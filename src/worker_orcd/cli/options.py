@@ -23,6 +23,7 @@ _PANELS = {
     "engine": "Engine",
     "server": "Server",
     "callback": "Callback",
+    "watch": "Watch",
 }
 
 

@@ -14,7 +14,7 @@ from worker_orcd.cli.terminal import progress_bar, warn, warn_all
 from worker_orcd.errors import InvalidConfiguration
 
 
-@with_settings(["model", "device", "engine", "server", "callback"])
+@with_settings(["model", "device", "engine", "server", "callback", "watch"])
 def serve(
     given: dict[str, Any],
     named: ModelArgument = None,

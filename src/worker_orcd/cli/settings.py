@@ -28,11 +28,18 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from worker_orcd.config import CallbackConfig, DeviceConfig, EngineConfig, ServerConfig, WorkerConfig
+from worker_orcd.config import (
+    CallbackConfig,
+    DeviceConfig,
+    EngineConfig,
+    ServerConfig,
+    WatchConfig,
+    WorkerConfig,
+)
 from worker_orcd.errors import InvalidConfiguration
 
 PREFIX = "WORKER_ORCD_"
-Group = Literal["model", "device", "engine", "server", "callback"]
+Group = Literal["model", "device", "engine", "server", "callback", "watch"]
 
 _SECTIONS: dict[str, type] = {
     "model": WorkerConfig,
@@ -40,6 +47,7 @@ _SECTIONS: dict[str, type] = {
     "engine": EngineConfig,
     "server": ServerConfig,
     "callback": CallbackConfig,
+    "watch": WatchConfig,
 }
 _OTHER_VARIABLES = frozenset({"CONFIG"})  # in the environment, but not a setting
 
@@ -187,6 +195,19 @@ class Settings(BaseSettings):
         "callback.timeout_seconds", "time limit of one try", gt=0.0, le=600.0
     )
 
+    yield_to_others: bool = _setting(
+        "watch.yield_to_others", "give the GPU up while another process uses it, and come back afterwards"
+    )
+    gpu_poll_seconds: float = _setting(
+        "watch.gpu_poll_seconds", "how often the GPU is looked at, and who else is there", ge=0.1, le=3600.0
+    )
+    residency_check_seconds: float = _setting(
+        "watch.residency_check_seconds",
+        "how often weights and KV cache are checked to be in the GPU's memory",
+        ge=0.1,
+        le=86400.0,
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_in_numbers(cls, value: Any, info: Any) -> Any:
@@ -248,6 +269,7 @@ def _assemble(settings: Settings) -> WorkerConfig:
         engine=EngineConfig(**sections["engine"]),
         server=ServerConfig(**sections["server"]),
         callback=CallbackConfig(**sections["callback"]),
+        watch=WatchConfig(**sections["watch"]),
         **sections["model"],
     )
 

@@ -34,9 +34,9 @@ async def root(context: ContextOf) -> JSON:
 
 @router.get("/health")
 async def health(context: ContextOf) -> JSON:
-    """Facts and state; 503 only once the worker has failed."""
+    """Facts and state; 503 once the worker has failed, or its memory is where it must not be."""
     body = health_body(context)
-    return JSON(body, status=503 if body["state"] == "failed" else 200)
+    return JSON(body, status=503 if body["status"] == "unhealthy" else 200)
 
 
 @router.get("/ready")
@@ -79,7 +79,11 @@ def health_body(context: Context) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "capabilities": list(CAPABILITIES),
         "degraded": status.degraded,
+        "paused": status.paused,
         "failure": None,
+        "resident": status.residency.resident,
+        "residency_violation": status.residency.found,
+        "gpu": status.gpu.body(),
     }
     if status.failure is not None:
         failure = failure_of(status.failure, "")
@@ -91,7 +95,6 @@ _UNKNOWN: dict[str, Any] = dict.fromkeys(
     (
         "architecture",
         "quant_kind",
-        "resident",
         "vram_bytes_used",
         "vram_bytes_total",
         "kv_blocks_total",
@@ -123,7 +126,6 @@ def _model_facts(context: Context) -> dict[str, Any]:
         "model": serving.model_id,
         "architecture": facts.architecture,
         "quant_kind": facts.quant_kind,
-        "resident": facts.resident,
         "vram_bytes_used": facts.memory_bytes_used,
         "vram_bytes_total": facts.memory_bytes_total,
         "kv_blocks_total": sum(group.total for group in groups),

@@ -20,6 +20,7 @@ from worker_orcd.errors import (
     Draining,
     DuplicateJob,
     LoadError,
+    Paused,
     RequestError,
     Unavailable,
     WorkerError,
@@ -159,7 +160,7 @@ class Job:
 
 def _outcome(error: BaseException) -> Outcome:
     match error:
-        case Cancelled() | Draining():  # once begun: what is refused at the door never gets here
+        case Cancelled() | Draining() | Paused():  # once begun: what is refused at the door never gets here
             return "cancelled"
         case DeadlineExceeded():
             return "timeout"

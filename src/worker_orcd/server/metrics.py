@@ -23,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from worker_orcd.engine.messages import GroupBlocks, StepStats
+from worker_orcd.server.gpu import gpu_metrics, residency_metrics
 from worker_orcd.server.status import Status
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
 
@@ -143,6 +144,12 @@ class Metrics(Collector):
         yield self._step_rows.family("worker_batch_size", "Sequences computed in one step")
         yield self._step_tokens.family("worker_step_tokens", "Tokens computed in one step")
         yield from self._gauges()
+        yield GaugeMetricFamily(
+            "worker_paused", "1 while the GPU is left to others", int(self._status.paused is not None)
+        )
+        yield _counter("worker_pauses", "Times that it was left to them", self._status.num_pauses)
+        yield from residency_metrics(self._status.residency)
+        yield from gpu_metrics(self._status.gpu)
 
     def _facts(self) -> Iterator[Metric]:
         status = self._status

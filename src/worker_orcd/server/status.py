@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from worker_orcd.engine.messages import EngineSnapshot
-from worker_orcd.errors import Draining, LoadError, NotReady, QueueFull, Unavailable, WorkerError
+from worker_orcd.errors import Draining, LoadError, NotReady, Paused, QueueFull, Unavailable, WorkerError
 from worker_orcd.server.client import EngineClient
+from worker_orcd.server.gpu import GpuState, Residency
 from worker_orcd.text.chat import ChatTemplate
 from worker_orcd.text.tokenizer import Tokenizer
 from worker_orcd.version import REPRODUCIBILITY_CONTRACT, VERSION
@@ -24,6 +25,7 @@ State = Literal["starting", "ready", "busy", "draining", "failed"]
 Health = Literal["loading", "healthy", "degraded", "draining", "unhealthy"]
 
 PROTOCOL = "worker-orcd/1"  # of /execute and its events
+PAUSE_RETRY_SECONDS = 10  # what whoever asks a paused worker is told to wait
 CAPABILITIES = (
     "execute",
     "cancel",
@@ -54,7 +56,6 @@ class ModelFacts:
     kv_block_size: int  # tokens
     trained_context_length: int | None = None
     model_sha256: str | None = None  # of the file, when it was computed
-    resident: bool = True  # everything is where the plan put it
     sm: str | None = None  # compute capability, on CUDA
     cuda_runtime_version: str | None = None
 
@@ -89,7 +90,11 @@ class Status:
         self.model_ref = model_ref  # as the user wrote it, without a directory
         self.serving: Serving | None = None
         self.load_percent = 0.0
-        self.degraded: str | None = None  # why answers are slower or fewer than they should be
+        self.slow: str | None = None  # why answers are slower than they should be
+        self.paused: str | None = None  # why the model is not in memory for a while
+        self.num_pauses = 0
+        self.gpu = GpuState()
+        self.residency = Residency()
         self._failure: WorkerError | None = None
         self._draining = False
         self._started = time.monotonic()
@@ -101,7 +106,13 @@ class Status:
     def loaded(self, serving: Serving) -> None:
         """From now on jobs are accepted."""
         self.load_percent = 100.0
-        self.serving = serving
+        self.serving, self.paused = serving, None
+
+    def pause(self, reason: str) -> None:
+        """The model is given up until `loaded` is called once more."""
+        self.paused, self.serving, self.load_percent = reason, None, 0.0
+        self.num_pauses += 1
+        self.residency = replace(self.residency, resident=None, found=None)
 
     def fail(self, error: WorkerError) -> None:
         """The worker will not serve any more; the first failure is the one that is told."""
@@ -117,6 +128,12 @@ class Status:
     @property
     def failure(self) -> WorkerError | None:
         return self._failure
+
+    @property
+    def degraded(self) -> str | None:
+        """Why answers are slower or fewer than they should be."""
+        reasons = (self.paused, self.slow, self.gpu.fault)
+        return "; ".join(filter(None, reasons)) or None
 
     @property
     def uptime_seconds(self) -> float:
@@ -140,8 +157,10 @@ class Status:
             case "draining":
                 return "draining"
             case "starting":
-                return "loading"
+                return "loading" if self.paused is None else "degraded"
             case "ready" | "busy":
+                if self.residency.resident is False:
+                    return "unhealthy"
                 return "degraded" if self.degraded is not None else "healthy"
 
     def require_serving(self) -> Serving:
@@ -152,6 +171,8 @@ class Status:
             raise NotReady(f"the worker has failed: {self._failure.message}", retry_after=30)
         if self._draining:
             raise Draining("the worker is shutting down and takes no new jobs", retry_after=5)
+        if self.paused is not None:
+            raise Paused(self.paused, retry_after=PAUSE_RETRY_SECONDS)
         if self.serving is None:
             raise NotReady(f"the model is still loading ({self.load_percent:.0f} %)", retry_after=1)
         return self.serving

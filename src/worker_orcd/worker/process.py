@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -24,31 +23,42 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import uvicorn
 
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.engine import Engine
-from worker_orcd.engine.messages import Command
-from worker_orcd.errors import EngineError, InsufficientMemory, Internal, LoadError, WorkerError
+from worker_orcd.errors import (
+    DeviceError,
+    EngineError,
+    InsufficientMemory,
+    Internal,
+    LoadError,
+    Paused,
+    WorkerError,
+)
 from worker_orcd.hub import Progress
 from worker_orcd.narration import Narration
+from worker_orcd.nvml import open_nvml
+from worker_orcd.runner.residency import DriverProbe
 from worker_orcd.server.app import create_app
-from worker_orcd.server.client import EngineClient
 from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.protocol import uvicorn_config
-from worker_orcd.server.status import CAPABILITIES, ModelFacts, Serving, Status
+from worker_orcd.server.status import CAPABILITIES, PAUSE_RETRY_SECONDS, Status
 from worker_orcd.version import VERSION
 from worker_orcd.worker.callback import announce, read_token
+from worker_orcd.worker.gpu_watch import GpuWatch, OpenNvml
+from worker_orcd.worker.guard import Guard, OpenProbe, ResidencyWatch
 from worker_orcd.worker.listening import address_of, listen, uri_of
-from worker_orcd.worker.priority import answer_first, give_way
+from worker_orcd.worker.off_loop import off_loop
+from worker_orcd.worker.plan_words import tell_plan
+from worker_orcd.worker.priority import answer_first
 from worker_orcd.worker.progress import LoadProgress, LoadStopped
+from worker_orcd.worker.session import Session
 
 if TYPE_CHECKING:
-    from worker_orcd.runner.plan import MemoryPlan
     from worker_orcd.worker.loading import LoadedModel
 
 WORKER_TYPE = "gguf"
@@ -110,6 +120,9 @@ class Worker:
         listener: socket.socket,
         token: str | None,
         drawing: Drawing | None,
+        *,
+        open_library: OpenNvml = open_nvml,
+        open_probe: OpenProbe = DriverProbe,
     ) -> None:
         self._config = config
         self._narration = narration
@@ -128,9 +141,9 @@ class Worker:
         self.http_config = uvicorn_config(app, config.server)
         self.http_config.timeout_graceful_shutdown = int(_CLOSE_SECONDS)
         self._progress: LoadProgress | None = None
-        self._loaded: LoadedModel | None = None
-        self._engine: Engine | None = None
-        self._client: EngineClient | None = None
+        self._session: Session | None = None
+        self._gpu = GpuWatch(status, narration, open_library)
+        self._residency = ResidencyWatch(status, narration, open_probe)
         self._ended: asyncio.Future[int] | None = None
         self.is_stuck = False  # a thread did not end when it should
 
@@ -162,15 +175,15 @@ class Worker:
     # -- beginning -----------------------------------------------------------------------------------------
 
     async def _start(self, uri: str) -> None:
-        """Load, open for jobs, announce. Whatever goes wrong ends the worker."""
+        """Load, open for jobs, announce, and look after it all. Whatever goes wrong ends the worker."""
         try:
-            self._loaded = loaded = await self._load()
-            if self._ended is None or self._ended.done():  # told to stop meanwhile
+            if self._config.device.device != "cpu":
+                await self._gpu.prepare()
+            announcement = await self._load_and_open(uri)
+            if announcement is None:  # told to stop meanwhile
                 return
-            self._open(loaded, uri)
-            await announce(
-                self._config.callback, self._token, self._announcement(loaded, uri), self._narration
-            )
+            await announce(self._config.callback, self._token, announcement, self._narration)
+            await Guard(self._config.watch, self._status, self._gpu, self._residency, self).run()
         except LoadStopped:
             return
         except (LoadError, EngineError) as error:
@@ -182,6 +195,17 @@ class Worker:
             self._narration.tell("error", "An unexpected fault at start.", trace=error, reference=reference)
             self._fail(Internal(f"internal error, reference {reference}"))
 
+    async def _load_and_open(self, uri: str) -> dict[str, object] | None:
+        """What to announce; None, and nothing opened, where the worker is to end."""
+        loaded = await self._load()
+        if self._ended is None or self._ended.done():
+            await off_loop(loaded.close, name="close")
+            return None
+        self._open(loaded, uri)
+        await self._gpu.open(loaded.backend.memory.facts.uuid)
+        await self._residency.open(loaded.backend.memory)
+        return self._announcement(loaded, uri)
+
     async def _load(self) -> LoadedModel:
         """The loaded model, loaded in a thread of its own: nothing waits for it if it hangs."""
         loop = asyncio.get_running_loop()
@@ -191,6 +215,7 @@ class Worker:
             loop.call_soon_threadsafe(self._status.loading, percent)
 
         def settle(loaded: LoadedModel | None, error: BaseException | None) -> None:
+            self._progress = None
             if result.cancelled():  # given up: nobody will close it but we
                 if loaded is not None:
                     loaded.close()
@@ -213,7 +238,7 @@ class Worker:
                         self._config,
                         warn=self._narration.warn,
                         on_progress=progress,
-                        on_plan=self._tell_plan,
+                        on_plan=partial(tell_plan, self._narration),
                     )
             except BaseException as error:
                 failure = error
@@ -226,68 +251,23 @@ class Worker:
 
     def _open(self, loaded: LoadedModel, uri: str) -> None:
         """Start the engine and accept jobs."""
-        from worker_orcd.worker.loading import start_engine
-
-        loop = asyncio.get_running_loop()
-        # What loading left behind lives as long as the process: keep the collector from walking it again and
-        # again while streams wait.
-        gc.collect()
-        gc.freeze()
-
-        def send(command: Command) -> None:
-            engine.send(command)
-
-        def on_failure(error: EngineError) -> None:  # on the engine's thread
-            loop.call_soon_threadsafe(self._engine_failed, error)
-
-        client = EngineClient(send, loop=loop, max_queue=self._config.server.max_queue)
-        engine = start_engine(
+        self._session = session = Session(
             loaded,
-            client.publish,
-            self._metrics,
+            max_queue=self._config.server.max_queue,
+            observer=self._metrics,
             narration=self._narration,
-            on_failure=on_failure,
+            on_failure=self._engine_failed,
         )
-        if loaded.backend.name != "cuda" and engine.native_id is not None:
-            give_way(engine.native_id)  # and with it the kernels' threads, which it has yet to start
-        self._engine, self._client = engine, client
         self._tell_loaded(loaded)
         if loaded.backend.name == "cpu-reference":
-            self._status.degraded = "the fast CPU kernels are not available; a slow reference runs instead"
-        self._status.loaded(
-            Serving(
-                model_id=loaded.model_id,
-                facts=_facts(loaded),
-                tokenizer=loaded.tokenizer,
-                chat_template=loaded.chat_template,
-                no_chat_template=loaded.no_chat_template,
-                client=client,
-                snapshot=lambda: engine.snapshot,
-            )
-        )
+            self._status.slow = "the fast CPU kernels are not available; a slow reference runs instead"
+        self._status.loaded(session.serving)
         bound = address_of(self._listener)
         self._narration.tell(
             "ready",
             f"Ready after {self._status.uptime_seconds:.1f} s: {loaded.model_id} on {bound}.",
             uri=uri,
             context_length=loaded.plan.max_model_len,
-        )
-
-    def _tell_plan(self, plan: MemoryPlan) -> None:
-        """On the thread that loads."""
-        pretty = self._narration.is_pretty
-        self._narration.tell(
-            "memory_plan",
-            f"The model takes {plan.weights_bytes / _MIB:,.0f} MiB of weights and"
-            f" {plan.workspace_bytes / _MIB:,.0f} MiB of workspace on {plan.device};"
-            f" {plan.kv_cache_bytes / _MIB:,.0f} MiB of KV cache are reserved and filled as needed.",
-            bytes=None if pretty else {what: num_bytes for what, num_bytes, _remark in plan.rows()},
-            max_model_len=None if pretty else plan.max_model_len,
-        )
-        width = max(len(what) for what, _bytes, _remark in plan.rows())
-        self._narration.show(
-            f"  {what:<{width}}{num_bytes / _MIB:>14,.1f} MiB  {remark}"
-            for what, num_bytes, remark in plan.rows()
         )
 
     def _tell_loaded(self, loaded: LoadedModel) -> None:
@@ -310,13 +290,45 @@ class Worker:
             "capabilities": list(CAPABILITIES),
         }
 
+    # -- leaving the device for a while (Pausable) ---------------------------------------------------------
+
+    async def pause(self, reason: str) -> None:
+        """End running jobs with an error that says to try again, give up the model, free the device."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        running = session.client.num_admitted
+        self._status.pause(reason)
+        self._residency.close()
+        session.end_jobs(Paused(reason, retry_after=PAUSE_RETRY_SECONDS))
+        try:
+            left = await off_loop(lambda: session.close(_STEP_SECONDS), name="close")
+        except TimeoutError:
+            self.is_stuck = True
+            self._fail(DeviceError("the device does not answer and could not be left"))
+            return
+        kept = "" if not left else f" {left / _MIB:,.1f} MiB could not be freed."
+        self._narration.tell(
+            "paused", f"Paused: {reason}; {running} jobs were ended.{kept}", running=running, bytes_left=left
+        )
+
+    async def resume(self) -> bool:
+        """Load the model again. False where there is no room for it yet."""
+        self._narration.tell("resumed", "The GPU is free again; the model is loaded once more.")
+        try:
+            await self._load_and_open(uri_of(self._listener, self._config.server))
+        except InsufficientMemory as error:
+            self._narration.warn(f"There is no room for the model yet: {error.message}.")
+            return False
+        return True
+
     # -- ending --------------------------------------------------------------------------------------------
 
     def _end(self, code: int, sentence: str, *, is_told: bool = False) -> None:
         """The first reason to end decides the exit code. `is_told`: there is no more to say than that."""
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(code)
-            running = 0 if self._client is None else self._client.num_admitted
+            running = 0 if self._session is None else self._session.client.num_admitted
             grace = self._config.server.shutdown_grace_seconds
             left = f"; {running} jobs have {grace:g} s to finish" if running else ""
             if running or not is_told:
@@ -336,8 +348,8 @@ class Worker:
     def _engine_failed(self, error: EngineError) -> None:
         """The engine has narrated it and told every sequence."""
         self._status.fail(error)
-        if self._client is not None:
-            self._client.fail(error)
+        if self._session is not None:
+            self._session.end_jobs(error)
         self._end(1, "The engine has failed")
 
     def _unserved(self, http: asyncio.Task[None]) -> None:
@@ -348,17 +360,19 @@ class Worker:
 
     async def _drain(self) -> None:
         self._status.begin_drain()
-        if self._client is None:
+        if self._session is None:
             return
-        if not await self._client.wait_idle(self._config.server.shutdown_grace_seconds):
-            cancelled = self._client.num_admitted
-            self._narration.tell("cancel", f"{cancelled} jobs did not finish in time and are cancelled.")
-            self._client.cancel_all()
-            await self._client.wait_idle(_CANCEL_SECONDS)
+        client = self._session.client
+        if not await client.wait_idle(self._config.server.shutdown_grace_seconds):
+            self._narration.tell(
+                "cancel", f"{client.num_admitted} jobs did not finish in time and are cancelled."
+            )
+            client.cancel_all()
+            await client.wait_idle(_CANCEL_SECONDS)
 
     async def _abandon(self, start: asyncio.Task[None]) -> None:
         """Make the start end, whether it loads or announces."""
-        if self._loaded is None and self._progress is not None:
+        if self._progress is not None:  # it loads
             self._progress.stop()
             _done, pending = await asyncio.wait({start}, timeout=_STEP_SECONDS)
             self.is_stuck = bool(pending)
@@ -367,11 +381,13 @@ class Worker:
 
     def _close(self) -> None:
         """On a thread, since it waits for the engine's."""
-        if self._engine is not None and not self._engine.stop(_STEP_SECONDS):
+        if self._session is None:
+            return
+        try:
+            self._session.close(_STEP_SECONDS)
+        except TimeoutError:
             self._narration.tell("error", "The device does not answer; the engine could not be stopped.")
             self.is_stuck = True
-        elif self._loaded is not None:
-            self._loaded.close()
 
     def _stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -407,20 +423,3 @@ def _told_by(narration: Narration) -> Generator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(teller)
-
-
-def _facts(loaded: LoadedModel) -> ModelFacts:
-    plan = loaded.plan
-    return ModelFacts(
-        architecture=loaded.config.architecture,
-        quant_kind=loaded.quant_kind,
-        tokenizer_kind=loaded.tokenizer.kind,
-        vocab_size=loaded.tokenizer.vocab_size,
-        context_length=plan.max_model_len,
-        trained_context_length=loaded.config.context_length,
-        device=f"{loaded.backend.name}, {loaded.backend.description}",
-        memory_bytes_used=plan.total_bytes,
-        memory_bytes_total=psutil.virtual_memory().total,
-        kv_block_size=plan.block_size,
-        model_sha256=loaded.sha256,
-    )
