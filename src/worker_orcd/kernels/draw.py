@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from worker_orcd.errors import Internal, InvalidParameter
+from worker_orcd.errors import Internal, InvalidParameter, OutOfMemory
 from worker_orcd.kernels.entries import Entries
 from worker_orcd.sequence import MAX_LOGPROBS, Row, RowFailure, SamplingParams, Sequence
 
@@ -80,6 +80,13 @@ def none_left() -> RowFailure:
     """The request's fault."""
     return RowFailure(
         InvalidParameter.code, "logit_bias and penalties leave no token with a finite logit to choose from"
+    )
+
+
+def no_room() -> RowFailure:
+    """Nobody's fault: the penalties of all rows together name more tokens than the device has room for."""
+    return RowFailure(
+        OutOfMemory.code, "the device has no room for the penalties of so many long requests at the same time"
     )
 
 

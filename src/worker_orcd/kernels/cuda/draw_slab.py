@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.errors import Internal
 from worker_orcd.kernels.cuda.inputs import HostSide
-from worker_orcd.kernels.draw import Draw, bias_outside, too_many_logprobs
+from worker_orcd.kernels.draw import Draw, bias_outside, no_room, too_many_logprobs
 from worker_orcd.kernels.entries import BIAS, COUNT, ENTRY, EXCLUDED, FLAGS, ID, WORDS
 from worker_orcd.sequence import MAX_LOGPROBS, RowFailure
 
@@ -33,8 +33,8 @@ GROUPS = 32  # of a chunk
 LIMITS = 16  # that the end of what is kept is sought between, at a time
 ROUNDS = 2
 MAX_VOCAB = 64 * CHUNK
-SMALLEST_ENTRIES = 4096  # that there is room for from the start
-MOST_ENTRIES = 1 << 20  # and if rows may be long: 4096 different tokens of each of 256; beyond, room grows
+SMALLEST_ENTRIES = 4096  # that there is room for
+MOST_ENTRIES = 1 << 20  # and if rows may be long: 4096 different tokens of each of 256, or 4 vocabularies
 EXTRA_ENTRIES = 1088  # of a row, beside its tokens: biases and tokens that are never drawn
 MOST_UNCOUNTED = 2 * MAX_DRAWS - 1  # tokens: those of the step before, and of all rounds but the last
 
@@ -113,13 +113,9 @@ class _Side:
         self.reals = numbers[split:].numpy().view(np.float64).reshape(len(Real), max_rows)
         self.reals[Real.RAW_SCALE] = _LOG2E
         self.num_entries = 0
-        self.make_room(num_entries, device)
-
-    def make_room(self, num_entries: int, device: torch.device) -> None:
         self.entries = HostSide(num_entries * ENTRY.itemsize, device)
         numbers: Any = self.entries.buffer.numpy()
         self.words = memoryview(numbers).cast("i")
-        self.num_room = num_entries
 
 
 class DrawSlab:
@@ -128,7 +124,7 @@ class DrawSlab:
     def __init__(
         self, vocab_size: int, max_rows: int, device: torch.device, num_entries: int = SMALLEST_ENTRIES
     ) -> None:
-        """`num_entries`: how many there is room for at first."""
+        """`num_entries`: how many there is room for; it never becomes more."""
         self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, device
         self._sides = [
             _Side(max_rows, device, num_entries) for _ in range(2)
@@ -136,12 +132,8 @@ class DrawSlab:
         self._on_device = torch.zeros_like(self._sides[0].parameters.buffer, device=device)
         split = 8 * len(Int) * max_rows
         self.ints, self.reals = self._on_device[:split], self._on_device[split:]
-        self.entries_moved = 0
-        self._make_room(num_entries)
-
-    def _make_room(self, num_entries: int) -> None:
-        self.entries = torch.zeros(num_entries * ENTRY.itemsize, dtype=torch.uint8, device=self.device)
-        self.saved = torch.zeros(num_entries, dtype=torch.float32, device=self.device)
+        self.entries = torch.zeros(num_entries * ENTRY.itemsize, dtype=torch.uint8, device=device)
+        self.saved = torch.zeros(num_entries, dtype=torch.float32, device=device)
 
     def fill(self, draws: Sequence[Draw]) -> tuple[Wanted, dict[int, RowFailure]]:
         """One draw a row. Rows that fail already are not drawn; their index and failure are returned.
@@ -203,25 +195,27 @@ class DrawSlab:
     def _fill_entries(self, draws: Sequence[Draw], failures: dict[int, RowFailure]) -> bool:
         """Whether there are tokens for the device to count."""
         side = self._sides[-1]
-        changed = [
-            (row, draw, _uncounted(draw))
-            for row, draw in enumerate(draws)
-            if (draw.entries is not None or draw.excluded) and row not in failures
-        ]
-        side.num_entries = sum(_known(draw) + uncounted for _, draw, uncounted in changed)
+        changed: list[tuple[int, Draw, int]] = []
+        side.num_entries = 0
+        for row, draw in enumerate(draws):
+            if row in failures or (draw.entries is None and not draw.excluded):
+                continue
+            uncounted = _uncounted(draw)
+            room = _known(draw, self.vocab_size) + uncounted
+            if side.num_entries + room > len(self.saved):
+                failures[row] = no_room()
+                side.ints[Int.FLAGS, row] = 0
+                continue
+            side.num_entries += room
+            changed.append((row, draw, uncounted))
         if not changed:
             return False
-        if side.num_entries > len(self.saved):
-            self._make_room(2 * side.num_entries)
-            self.entries_moved += 1
-        if side.num_entries > side.num_room:
-            side.make_room(len(self.saved), self.device)
         rows, starts, counts = [row for row, _, _ in changed], list[int](), list[int]()
         start = 0
         for _, draw, uncounted in changed:
             starts.append(start)
             counts.append(write_entries(draw, side.words, start, self.vocab_size))
-            start += _known(draw) + uncounted
+            start += _known(draw, self.vocab_size) + uncounted
         side.ints[Int.ENTRY_START, rows] = starts
         side.ints[Int.ENTRY_COUNT, rows] = counts
         penalties = [
@@ -248,9 +242,9 @@ class DrawSlab:
             side.entries.queued()
 
 
-def _known(draw: Draw) -> int:
-    """Entries that the host writes, at most."""
-    return (0 if draw.entries is None else len(draw.entries)) + len(draw.excluded)
+def _known(draw: Draw, vocab_size: int) -> int:
+    """Entries that the host writes, at most: a token has one."""
+    return min(vocab_size, (0 if draw.entries is None else len(draw.entries)) + len(draw.excluded))
 
 
 def _uncounted(draw: Draw) -> int:

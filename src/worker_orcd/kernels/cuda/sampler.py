@@ -155,11 +155,10 @@ class _Drawn:
 
 
 class DeviceSampler:
-    """Draws on the current stream of one device, step after step. Allocates when built.
+    """Draws on the current stream of one device, step after step. Allocates when built, and never again.
 
-    Only very long rows with penalties may make `prepare` allocate: more room for their entries, see
-    `draw_slab.entries_needed`. A graph that was captured with `Wanted.adjusts` is then void; `entries_moved`
-    counts how often.
+    Many very long rows with penalties may have more entries than there is room for, see
+    `draw_slab.entries_needed`: then the last of them fail.
     """
 
     def __init__(self, kernels: Kernels, vocab_size: int, max_rows: int, longest: int = 0) -> None:
@@ -179,8 +178,7 @@ class DeviceSampler:
         self._host_results = [_Results(rows, device) for _ in range(2)]
         self._results = torch.zeros(_result_bytes(rows), dtype=torch.uint8, device=device)
         self._views = _result_views(self._results, rows)
-        self._entries_moved = -1
-        self._arguments: list[dict[str, list[torch.Tensor]]] = []  # by slot
+        self._arguments = [self._arguments_of(slot) for slot in range(MAX_DRAWS)]
         self._plain: dict[int, SampledToken] = {}  # those without log probabilities, made once
         self._drawn: deque[_Drawn] = deque()  # whose results nobody has taken, the oldest first
         self._draws: list[Draw | None] = []
@@ -212,10 +210,6 @@ class DeviceSampler:
         """`draw_slab.Int` of each row, int64, on the device."""
         return self._slab.ints
 
-    @property
-    def entries_moved(self) -> int:
-        return self._slab.entries_moved
-
     def prepare(self, draws: Sequence[Draw | None]) -> Wanted:
         """Note what the rows of a step are drawn with, None for rows that have no logits."""
         self._draws = list(draws)
@@ -236,8 +230,6 @@ class DeviceSampler:
         rows = len(logits)
         if rows > self.max_rows:
             raise ValueError(f"{rows} rows of logits, but there is room for {self.max_rows}")
-        if self._entries_moved != self._slab.entries_moved:
-            self._name_arguments()
         by_chunk, by_row = (self._chunks, rows, 1), (rows, 1, 1)
         if wanted.counts:
             self._named = self._arguments[behind]
@@ -274,12 +266,8 @@ class DeviceSampler:
         for filters in (False, True):
             self.launch(logits, Wanted(adjusts=True, counts=True, filters=filters, logprobs=True))
 
-    def _name_arguments(self) -> None:
-        """Which arrays each kernel is given, beside the logits."""
-        self._arguments = [self._arguments_of(slot) for slot in range(MAX_DRAWS)]
-        self._entries_moved = self._slab.entries_moved
-
     def _arguments_of(self, slot: int) -> dict[str, list[torch.Tensor]]:
+        """Which arrays each kernel is given, beside the logits."""
         slab, views = self._slab, {name: view[slot] for name, view in self._views.items()}
         named = self._scratch | {
             "ints": slab.ints, "reals": slab.reals, "entries": slab.entries, "entry_reals": slab.entries,
