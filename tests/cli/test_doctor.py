@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,9 +49,21 @@ def test_a_gpu_is_seen_and_said_not_to_be_used(tmp_path: Path) -> None:
     (tmp_path / "dev" / "nvidia0").write_text("")
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/version").write_text("NVRM version: 570.1\nGCC version: 12\n")
-    gpu = {finding.what: finding for finding in doctor.examine(tmp_path)}["GPU"]
+    found = {finding.what: finding for finding in doctor.examine(tmp_path)}
+    gpu = found["GPU"]
+    assert found["NVML"].verdict == "note" and found["NVML"].found.startswith("not available: ")
     assert gpu.found == "nvidia0; NVRM version: 570.1"
     assert "torch finds no CUDA device" in gpu.advice and "the CPU is used" in gpu.advice
+
+
+def test_nvml_is_asked_only_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = SimpleNamespace(pids=lambda: frozenset({3, 4}))
+    monkeypatch.setattr("worker_orcd.nvml.open_nvml", lambda: answering)
+    assert "NVML" not in {finding.what for finding in doctor.examine(tmp_path)}
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").write_text("")
+    found = {finding.what: finding for finding in doctor.examine(tmp_path)}["NVML"]
+    assert (found.verdict, found.found) == ("ok", "answers; 2 processes on the GPUs")
 
 
 CPUINFO = """\

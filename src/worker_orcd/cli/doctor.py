@@ -58,6 +58,7 @@ def examine(root: Path = _ROOT) -> list[Finding]:
         _compiler,
         _kernels,
         lambda: _gpu(root),
+        *([_nvml] if _has_gpu(root) else []),
         _cache,
     )
     return [check() for check in checks]
@@ -123,12 +124,16 @@ def _kernels() -> Finding:
     return Finding("CPU kernels", "ok", text)
 
 
+def _has_gpu(root: Path) -> bool:
+    return any((root / "dev").glob("nvidia[0-9]*")) or (root / "proc/driver/nvidia/version").is_file()
+
+
 def _gpu(root: Path) -> Finding:
+    if not _has_gpu(root):
+        return Finding("GPU", "note", "none", "the CPU is used")
     devices = sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
     version = root / "proc/driver/nvidia/version"
     driver = version.read_text().splitlines()[0].strip() if version.is_file() else ""
-    if not devices and not driver:
-        return Finding("GPU", "note", "none", "the CPU is used")
     text = f"{', '.join(devices) or 'no device nodes'}; {driver or 'no driver'}"
     from worker_orcd.kernels.cuda.backend import missing_for_cuda
 
@@ -136,6 +141,19 @@ def _gpu(root: Path) -> Finding:
     if missing is not None:
         return Finding("GPU", "note", text, f"{missing}; the CPU is used")
     return Finding("GPU", "ok", text)
+
+
+def _nvml() -> Finding:
+    from worker_orcd.nvml import NvmlUnavailable, open_nvml
+
+    try:
+        count = len(open_nvml().pids())
+    except NvmlUnavailable as error:
+        advice = (
+            "temperature, power, faults and other processes are not watched; --yield-to-others does nothing"
+        )
+        return Finding("NVML", "note", f"not available: {error}", advice)
+    return Finding("NVML", "ok", f"answers; {count} processes on the GPUs")
 
 
 def _cache() -> Finding:
