@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -29,12 +30,14 @@ from worker_orcd.engine.messages import Cancel, Output, StepStats, Submit
 from worker_orcd.engine.scheduler import Scheduler
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.backend import Backend
+from worker_orcd.kernels.memory import Held
 from worker_orcd.kernels.select import select_backend
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import load_weights
 from worker_orcd.narration import Event, Narration
+from worker_orcd.runner.measure import seal, settled
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.sequence import FinishReason, PendingStep, Runner, SampledToken, SamplingParams, Step
@@ -71,27 +74,32 @@ class Model:
     backend: Backend
     runner: ModelRunner
     seconds: float  # that loading took
+    held: Held | None = None  # of a device whose memory is counted
 
     @property
     def max_len(self) -> int:
         return self.plan.max_model_len
 
 
-def load(path: Path, device: DeviceName, engine: EngineConfig, longest: int) -> Model:
-    """As a worker does it, without a tokenizer. `longest`: tokens of a sequence, if the model has so many."""
+def load(path: Path, device: DeviceName, engine: EngineConfig, longest: int, **more: Any) -> Model:
+    """As a worker does it, without a tokenizer. `longest`: tokens of a sequence, if the model has so many;
+    `more` settings of the device.
+    """
     started = time.perf_counter()
-    settings = DeviceConfig(device=device, memory_fraction=0.9 if device == "cuda" else 0.5)
+    settings = DeviceConfig(device=device, **{"memory_fraction": 0.9 if device == "cuda" else 0.5, **more})
     backend = select_backend(settings, Told().warn)
     with GGUFFile(path) as file:
         config = configure(file)
         engine = replace(engine, max_model_len=min(longest, config.context_length))
         plan = make_plan(config, tensor_bytes(file), backend, engine, settings, backend.available_memory())
-        config = config.serving(plan.max_model_len)
         weights = load_weights(file, config, backend)
+        plan = settled(plan, config, weights, backend, engine, settings)
+        config = config.serving(plan.max_model_len)
         runner = ModelRunner(Decoder(config, weights, backend), backend, plan, engine)
+    held = seal(plan, backend, Told().warn)
     gc.collect()
     gc.freeze()  # as a worker does it
-    return Model(path, config, plan, engine, backend, runner, time.perf_counter() - started)
+    return Model(path, config, plan, engine, backend, runner, time.perf_counter() - started, held)
 
 
 def random_prompt(model: Model, length: int, seed: str) -> list[int]:

@@ -17,6 +17,7 @@ from worker_orcd.kernels.cpu.library import Kind, Rows
 from worker_orcd.kernels.cpu.native import NativeBackend
 from worker_orcd.kernels.cpu.program import Recorded, aligned_zeros, fresh, place
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.kernels.memory import Widths
 from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.format import WeightFormat
 
@@ -265,4 +266,7 @@ def test_workspace_is_an_upper_bound(make_native, make_toy):
         c = toy.config
         slots = c.top_k if c.num_experts else 1
         widest = max(slots * max(c.dim, 2 * c.ffn), (c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
-        assert toy.run._linked.arena.nbytes <= backend.workspace_bytes(toy.limits, widest, c.vocab)
+        assert (
+            toy.run._linked.arena.nbytes
+            <= backend.workspaces(toy.limits, Widths(widest, c.vocab)).total_bytes
+        )

@@ -10,6 +10,7 @@ from worker_orcd.errors import Internal
 from worker_orcd.kernels.backend import AttentionParams, Counts, Limits, RopeParams
 from worker_orcd.kernels.cpu.inputs import valid_inputs
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
+from worker_orcd.kernels.memory import Widths
 from worker_orcd.quant import BY_NAME
 
 
@@ -135,7 +136,7 @@ def test_cache_and_workspace_sizes():
     cache = ReferenceBackend("float16").allocate_cache(5, 16, 3, 64)
     assert cache.tensor.nbytes == 5 * 2 * 16 * 3 * 64 * 2
     assert not cache.tensor.any()
-    assert backend.workspace_bytes(Limits(8, 4, 2, 16), 100, 1000) >= 4 * (4 * 1000 + 8 * 100)
+    assert backend.workspaces(Limits(8, 4, 2, 16), Widths(100, 1000)).total_bytes >= 4 * (4 * 1000 + 8 * 100)
 
 
 def test_embed_dequantises_rows(make_matrix):

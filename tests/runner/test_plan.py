@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from worker_orcd.config import DeviceConfig, EngineConfig
 from worker_orcd.errors import InsufficientMemory, InvalidConfiguration
 from worker_orcd.kernels.backend import AttentionParams, Limits, RopeParams
+from worker_orcd.kernels.memory import Widths, Workspaces
 from worker_orcd.model.config import FfnConfig, LayerConfig, ModelConfig
 from worker_orcd.runner.cache_plan import MAX_BLOCKS
-from worker_orcd.runner.plan import MemoryPlan, make_plan
+from worker_orcd.runner.plan import Measured, MemoryPlan, make_plan
 
 MIB = 1 << 20
 
@@ -24,16 +25,16 @@ class Sizes:
 
     name = "cpu"
 
-    def __init__(self, workspace: int = MIB) -> None:
-        self.workspace = workspace
-        self.asked: list[tuple[Limits, int, int]] = []
+    def __init__(self, workspace: int = MIB, sampler: int = 0, graphs: int = 0) -> None:
+        self.workspace, self.sampler, self.graphs = workspace, sampler, graphs
+        self.asked: list[tuple[Limits, Widths]] = []
 
     def cache_block_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         return 2 * 2 * block_size * num_kv_heads * head_dim
 
-    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
-        self.asked.append((limits, widest, vocab_size))
-        return self.workspace
+    def workspaces(self, limits: Limits, widths: Widths) -> Workspaces:
+        self.asked.append((limits, widths))
+        return Workspaces(buffers_bytes=self.workspace, sampler_bytes=self.sampler, graphs_bytes=self.graphs)
 
 
 def model(context_length: int = 8192, windows: Sequence[int | None] = (None,)) -> ModelConfig:
@@ -151,27 +152,88 @@ def test_the_workspace_is_asked_for_what_will_run():
     engine = EngineConfig(max_num_seqs=3, max_num_batched_tokens=77, block_size=8, max_model_len=20)
     found = make_plan(model(), 0, sizes, engine, DeviceConfig(), 1 << 40)
     limits = Limits(max_tokens=77, max_rows=3, max_blocks_per_row=3, block_size=8)
-    assert sizes.asked == [(limits, 3072, 49152)]
+    assert sizes.asked == [(limits, Widths(3072, 49152, 64))]
     assert found.limits(engine) == limits
     assert found.workspace_bytes == MIB + 3 * 3 * 4  # and a block table
 
 
 def test_the_table():
     rows = plan(1 << 40).rows()
-    assert [what for what, _bytes, _remark in rows] == [
-        "weights",
-        "workspace",
-        "KV cache",
-        "total",
-        "available",
-    ]
-    sizes = {what: num_bytes for what, num_bytes, _remark in rows}
+    assert [row.what for row in rows] == ["weights", "workspace", "KV cache", "total", "reserve", "available"]
+    sizes = {row.what: row.num_bytes for row in rows}
     assert sizes["weights"] + sizes["workspace"] + sizes["KV cache"] == sizes["total"]
-    assert rows[2][2] == "131072 tokens in 8193 blocks, at most 8192 each"
+    assert sizes["reserve"] == (1 << 40) - int(0.8 * (1 << 40))
+    assert rows[2].remark == "131072 tokens in 8193 blocks, at most 8192 each"
     both = plan(1 << 40, windows=(None, 128)).rows()
-    assert [what for what, _bytes, _remark in both][2:4] == ["KV cache", "KV cache, window 128"]
-    assert sum(num_bytes for _what, num_bytes, _remark in both[:4]) == both[4][1]
-    assert both[3][2] == "27136 tokens in 1697 blocks, of each sequence the last 128"
+    assert [row.what for row in both][2:4] == ["KV cache", "KV cache, window 128"]
+    assert sum(row.num_bytes for row in both[:4]) == both[4].num_bytes
+    assert both[3].remark == "27136 tokens in 1697 blocks, of each sequence the last 128"
+
+
+def test_a_device_that_draws_has_two_rows_more():
+    sizes = Sizes(sampler=5 * MIB, graphs=7 * MIB)
+    found = make_plan(model(), 96 * MIB, sizes, EngineConfig(), DeviceConfig(), 1 << 40)
+    rows = {row.what: row.num_bytes for row in found.rows()}
+    assert (rows["sampler"], rows["graphs"]) == (5 * MIB, 7 * MIB)
+    parts = ("weights", "workspace", "sampler", "graphs", "KV cache")
+    assert sum(rows[what] for what in parts) == rows["total"] == found.total_bytes
+    with pytest.raises(InsufficientMemory, match=r"5\.0 MiB of sampler, 7\.0 MiB of graphs"):
+        make_plan(model(), 96 * MIB, sizes, EngineConfig(), DeviceConfig(), 130 * MIB)
+
+
+def test_every_row_names_the_flag_that_would_change_it():
+    found = plan(1 << 40, max_num_seqs=3, max_num_batched_tokens=77, memory_fraction=0.5)
+    flags = {row.what: row.flag for row in found.rows()}
+    assert flags["weights"] == "--model" and flags["workspace"] == "--max-num-batched-tokens 77"
+    assert flags["reserve"] == "--vram-fraction 0.5" and flags["total"] == flags["available"] == ""
+    name, _, value = flags["KV cache"].partition(" ")
+    assert name == "--kv-cache-size-mb"
+    again = plan(1 << 40, max_num_seqs=3, max_num_batched_tokens=77, kv_cache_size_mb=int(value))
+    assert 0 <= again.kv_cache_bytes - found.kv_cache_bytes <= MIB  # the plan as it is, asked for
+    drawing = make_plan(model(), 0, Sizes(sampler=1, graphs=1), EngineConfig(), DeviceConfig(), 1 << 40)
+    assert {row.flag for row in drawing.rows() if row.what in ("sampler", "graphs")} == {"--max-num-seqs 64"}
+
+
+def test_a_refusal_says_what_would_help():
+    def advice(available: int, **settings: Any) -> str:
+        with pytest.raises(InsufficientMemory) as info:
+            plan(available, **settings)
+        return str(info.value).rpartition("; ")[2]
+
+    assert advice(125 * MIB) == "--vram-fraction 0.83 would be enough"
+    assert plan(125 * MIB, memory_fraction=0.83)
+    assert advice(100 * MIB) == "a smaller model, or the same with fewer bits a weight, might fit"
+    shorter = advice(200 * MIB, max_model_len=8192)
+    assert shorter == "--max-model-len 2832 would fit"
+    assert plan(200 * MIB, max_model_len=2832)
+    smaller = advice(200 * MIB, kv_cache_size_mb=200)
+    assert smaller == "--kv-cache-size-mb 62 would fit"
+    assert plan(200 * MIB, kv_cache_size_mb=62)
+
+
+def test_what_was_measured_takes_the_place_of_what_was_expected():
+    """Weights that turned out larger and a neighbour that has taken memory meanwhile."""
+    expected = plan(int(600 * MIB / 0.8))
+    sizes = Sizes(workspace=1 << 40)
+    found = make_plan(
+        model(),
+        0,
+        sizes,
+        EngineConfig(),
+        DeviceConfig(),
+        int(500 * MIB / 0.8),
+        measured=Measured(100 * MIB, Workspaces(buffers_bytes=3 * MIB, sampler_bytes=2 * MIB)),
+    )
+    assert sizes.asked == [] and found.measured and not expected.measured
+    assert (found.weights_bytes, found.workspace_bytes, found.sampler_bytes) == (100 * MIB, 3 * MIB, 2 * MIB)
+    assert blocks(found) == [(500 - 105) * MIB // (16 * 23040)]
+    assert blocks(found)[0] < blocks(expected)[0]
+    assert found.rows()[0].remark == "as packed"
+    with pytest.raises(InsufficientMemory, match=r"requires .* \(400\.0 MiB of weights"):
+        spaces = Workspaces(buffers_bytes=MIB)
+        make_plan(
+            model(), 0, sizes, EngineConfig(), DeviceConfig(), 500 * MIB, measured=Measured(400 * MIB, spaces)
+        )
 
 
 # -- sliding windows ---------------------------------------------------------------------------------------

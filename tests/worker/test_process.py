@@ -92,6 +92,8 @@ async def test_it_answers_while_it_loads_and_then_serves(start: Start, monkeypat
     sentence = running.events("memory_plan")[0]["sentence"]
     assert all(f"MiB of {what}" in sentence for what in ("weights", "workspace", "KV cache"))
     assert sizes["weights"] + sizes["workspace"] + sizes["KV cache"] == sizes["total"]
+    flags = running.events("memory_plan")[0]["flags"]
+    assert flags["reserve"] == "--vram-fraction 0.8" and flags["KV cache"] == "--kv-cache-size-mb 4"
     assert running.events("execute_end")[0]["device"] == "cpu"
 
 
@@ -100,10 +102,11 @@ async def test_people_see_the_memory_plan_as_a_table(start: Start):
         await running.until_ready()
     lines = running.log.getvalue().splitlines()
     [first] = [i for i, line in enumerate(lines) if "The model takes" in line]
-    table = [line.split() for line in lines[first + 1 : first + 6]]
-    assert [row[0] for row in table] == ["weights", "workspace", "KV", "total", "available"]
+    table = [line.split() for line in lines[first + 1 : first + 7]]
+    assert [row[0] for row in table] == ["weights", "workspace", "KV", "total", "reserve", "available"]
     assert all("MiB" in row for row in table)
-    assert max(map(len, lines[first + 1 : first + 6])) <= 80
+    assert "--max-num-batched-tokens" in table[1] and "--vram-fraction" in table[4]
+    assert max(map(len, lines[first + 1 : first + 7])) <= 110
 
 
 async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ def table(*headings: str, title: str) -> Table:
 
 def plan_table(plan: MemoryPlan) -> Table:
     """What a model takes of its device's memory."""
-    rows = table("memory", ">MiB", "", title=f"memory plan on {plan.device}")
-    for what, num_bytes, remark in plan.rows():
-        rows.add_row(what, f"{num_bytes / (1 << 20):,.1f}", remark)
+    rows = table("memory", ">MiB", "", "changed by", title=f"memory plan on {plan.device}")
+    for row in plan.rows():
+        rows.add_row(row.what, f"{row.num_bytes / (1 << 20):,.1f}", row.remark, row.flag)
     return rows

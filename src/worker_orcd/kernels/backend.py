@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from worker_orcd.kernels.draw import Draw
-from worker_orcd.kernels.memory import DeviceMemory
+from worker_orcd.kernels.memory import DeviceMemory, Widths, Workspaces
 from worker_orcd.quant import WeightFormat
 from worker_orcd.sequence import RowResult
 
@@ -326,11 +326,24 @@ class Backend(Protocol):
         """Make a step of `forward`. Called once, after weights and cache exist."""
         ...
 
-    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
-        """An upper bound of what `compile` will allocate, for `plan`. `widest`: the widest activation."""
+    def workspaces(self, limits: Limits, widths: Widths) -> Workspaces:
+        """An upper bound of what `compile` will take, for `plan`."""
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class RehearsingBackend(Backend, Protocol):
+    """Of a device whose memory is counted: what a step takes can be measured before its KV cache is there."""
+
+    def rehearse(self, forward: Forward, limits: Limits) -> Workspaces:
+        """What inputs and `compile` will take for these, as allocated; graphs, which only compiling makes, as
+        a bound.
+
+        `forward` works on caches of any number of blocks. Nothing stays allocated.
+        """
+        ...
 
 
 BackendFactory = Callable[[], Backend]

@@ -34,6 +34,28 @@ class Region:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What the sizes of a model's buffers follow from, in numbers."""
+
+    widest: int  # of a token's activations
+    vocab_size: int
+    angles: int = 0  # of a position, over all kinds of rotation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspaces:
+    """What a compiled step takes beside weights and KV cache."""
+
+    buffers_bytes: int  # activations, logits, the inputs of a step
+    sampler_bytes: int = 0  # on the device
+    graphs_bytes: int = 0  # and the code of kernels
+
+    @property
+    def total_bytes(self) -> int:
+        return self.buffers_bytes + self.sampler_bytes + self.graphs_bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """What a loaded model takes, to the byte."""
@@ -71,6 +93,14 @@ class DeviceMemory(Protocol):
 
     def allocated_bytes(self) -> int:
         """What this process has allocated on the device now."""
+        ...
+
+    def taken_bytes(self) -> int:
+        """What this process's allocator has taken from the driver now, spare memory given back."""
+        ...
+
+    def forget(self, use: Use) -> None:
+        """Regions of this use are no more."""
         ...
 
     def held(self) -> Held | None:

@@ -21,12 +21,14 @@ from worker_orcd.gguf.kind import quant_kind
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.hub import Progress
 from worker_orcd.kernels.backend import Backend
+from worker_orcd.kernels.memory import Held
 from worker_orcd.kernels.select import OnCompile, select_backend
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
 from worker_orcd.model.weights import load_weights
 from worker_orcd.narration import Narration
+from worker_orcd.runner.measure import seal, settled
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
 from worker_orcd.runner.runner import ModelRunner
 from worker_orcd.text.chat import ChatTemplate
@@ -63,7 +65,8 @@ class LoadedModel:
     sha256: str | None  # None unless it was asked for
     quant_kind: str  # of the file: Q4_K_M, Q4_1, MXFP4, …
     config: ModelConfig
-    plan: MemoryPlan
+    plan: MemoryPlan  # by which the KV cache was allocated
+    held: Held | None  # what all of it takes, where a device's memory is counted
     engine_config: EngineConfig  # with the `max_model_len` that the plan found room for
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
@@ -120,7 +123,6 @@ def load(
             on_plan(plan)
         for note in plan.notes:
             warn(note)
-        model = model.serving(plan.max_model_len)
 
         def on_weights(fraction: float) -> None:
             words.raise_what_failed()
@@ -129,8 +131,12 @@ def load(
         forget = backend.displaces_files(plan.weights_bytes)
         weights = load_weights(file, model, backend, on_weights, forget=forget)
         weighed = clock.lap()
+        named = replace(model, name=_model_id(path))
+        plan = settled(plan, named, weights, backend, config.engine, config.device)
+        model = model.serving(plan.max_model_len)
         engine_config = replace(config.engine, max_model_len=plan.max_model_len)
         runner = ModelRunner(Decoder(model, weights, backend), backend, plan, engine_config)
+        held = seal(plan, backend, warn)
         compiled = clock.lap()
         tokens = words.wait(warn)
         file.close()
@@ -143,6 +149,7 @@ def load(
         quant_kind=quant_kind(file),
         config=model,
         plan=plan,
+        held=held,
         engine_config=engine_config,
         tokenizer=tokens.tokenizer,
         chat_template=tokens.template,

@@ -53,10 +53,10 @@ from worker_orcd.worker.gpu_watch import GpuWatch, OpenNvml
 from worker_orcd.worker.guard import Guard, OpenProbe, ResidencyWatch
 from worker_orcd.worker.listening import address_of, listen, uri_of
 from worker_orcd.worker.off_loop import off_loop
-from worker_orcd.worker.plan_words import tell_plan
+from worker_orcd.worker.plan_words import tell_held, tell_plan
 from worker_orcd.worker.priority import answer_first
 from worker_orcd.worker.progress import LoadProgress, LoadStopped
-from worker_orcd.worker.session import Session
+from worker_orcd.worker.session import Session, facts_of
 
 if TYPE_CHECKING:
     from worker_orcd.worker.loading import LoadedModel
@@ -278,12 +278,14 @@ class Worker:
             f" {loaded.backend.name}: {loaded.backend.description}.",
             seconds=round(loaded.timings.total, 3),
         )
+        if loaded.held is not None:
+            tell_held(self._narration, loaded.plan, loaded.held)
 
     def _announcement(self, loaded: LoadedModel, uri: str) -> dict[str, object]:
         return {
             "worker_id": self._status.worker_id,
             "model_ref": self._status.model_ref,
-            "memory_bytes": loaded.plan.total_bytes,
+            "memory_bytes": facts_of(loaded).memory_bytes_used,
             "memory_architecture": "vram-only" if loaded.backend.name == "cuda" else "host-memory",
             "uri": uri,
             "worker_type": f"{WORKER_TYPE}-{'cuda' if loaded.backend.name == 'cuda' else 'cpu'}",

@@ -126,7 +126,7 @@ def facts_of(loaded: LoadedModel) -> ModelFacts:
         context_length=plan.max_model_len,
         trained_context_length=loaded.config.context_length,
         device=f"{loaded.backend.name}, {loaded.backend.description}",
-        memory_bytes_used=plan.total_bytes,
+        memory_bytes_used=plan.total_bytes if loaded.held is None else loaded.held.total_bytes,
         memory_bytes_total=device.memory_bytes,
         kv_block_size=plan.block_size,
         model_sha256=loaded.sha256,

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_program import ALL, ENGINE, on_torch
-from tiny_models import load_runner
-from tiny_variants import tiny_file
+from tiny_models import MODELS, load_runner
+from tiny_variants import VARIANTS, tiny_file
+from torch_launcher import on_torch
 
+from worker_orcd.config import EngineConfig
 from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.kernels.cuda.memory import CudaMemory
 from worker_orcd.kernels.memory import Held, Region
@@ -111,9 +112,9 @@ def test_memory_is_noted_once_and_whole(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-oss"])
 def test_every_weight_and_every_cache_of_a_model_is_noted(name: str, tmp_path: Path) -> None:
-    path = tiny_file(ALL[name]).write(tmp_path / "tiny.gguf")
+    path = tiny_file((MODELS | VARIANTS)[name]).write(tmp_path / "tiny.gguf")
     backend, _ = on_torch()
-    runner = load_runner(path, backend, ENGINE)
+    runner = load_runner(path, backend, EngineConfig(max_num_seqs=64, max_num_batched_tokens=64))
     regions = backend.memory.regions()
     assert len({region.address for region in regions}) == len(regions)
     caches = [region for region in regions if region.use == "KV cache"]

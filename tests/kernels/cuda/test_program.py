@@ -11,16 +11,14 @@ import pytest
 import torch
 from tiny_models import MODELS, Tiny, load_runner
 from tiny_variants import VARIANTS, tiny_file
-from torch_launcher import TorchLauncher
+from torch_launcher import on_torch
 
 from fp8_reference import RoundedReference
 from gguf import GGMLQuantizationType as GGMLType
 from worker_orcd.config import EngineConfig
 from worker_orcd.errors import Internal
-from worker_orcd.kernels.backend import AttentionParams, BatchInputs, Counts, Glu, Limits, Matrix
+from worker_orcd.kernels.backend import AttentionParams, Counts, Glu, Limits, Matrix
 from worker_orcd.kernels.cpu.reference import ReferenceBackend
-from worker_orcd.kernels.cuda.backend import CudaBackend
-from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.executor import Arena, bucket_for, buckets
 from worker_orcd.kernels.cuda.fuse import fuse
 from worker_orcd.kernels.cuda.inputs import Bucket, Staging
@@ -46,23 +44,6 @@ CPU = torch.device("cpu")
 ENGINE = EngineConfig(max_num_seqs=64, max_num_batched_tokens=64)
 PROMPT = np.random.default_rng(7).integers(0, 320, 60).tolist()
 ALL = MODELS | VARIANTS
-
-
-def on_torch(*, fp8_cache: bool = False) -> tuple[CudaBackend, list[TorchLauncher]]:
-    """The backend with operations in torch, and where its launcher will be found."""
-    made: list[TorchLauncher] = []
-
-    def launcher(
-        kernels: Kernels,
-        inputs: BatchInputs,
-        limits: Limits,
-        operations: list[Operation],
-        drawn: torch.Tensor | None,
-    ) -> TorchLauncher:
-        made.append(TorchLauncher(kernels, inputs, limits, operations, drawn))
-        return made[-1]
-
-    return CudaBackend(Kernels(CPU, 90), launcher, fp8_cache=fp8_cache), made
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gemma3"])

@@ -19,6 +19,7 @@ from worker_orcd.kernels.backend import (
     Limits,
     RopeParams,
 )
+from worker_orcd.kernels.cuda.backend import CudaBackend
 from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import Kernels
 from worker_orcd.kernels.cuda.executor import Launch, View
@@ -249,3 +250,20 @@ def rotated(x: torch.Tensor, positions: torch.Tensor, params: RopeParams) -> tor
     half = params.rotary_dim // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def on_torch(*, fp8_cache: bool = False) -> tuple[CudaBackend, list[TorchLauncher]]:
+    """The backend with operations in torch, and where its launcher will be found."""
+    made: list[TorchLauncher] = []
+
+    def launcher(
+        kernels: Kernels,
+        inputs: BatchInputs,
+        limits: Limits,
+        operations: list[Operation],
+        drawn: torch.Tensor | None,
+    ) -> TorchLauncher:
+        made.append(TorchLauncher(kernels, inputs, limits, operations, drawn))
+        return made[-1]
+
+    return CudaBackend(Kernels(torch.device("cpu"), 90), launcher, fp8_cache=fp8_cache), made

@@ -9,7 +9,7 @@ import psutil
 
 from worker_orcd.config import KVCacheDtype
 from worker_orcd.errors import InvalidConfiguration
-from worker_orcd.kernels.memory import DeviceFacts, Held, Region
+from worker_orcd.kernels.memory import DeviceFacts, Held, Region, Use
 
 _ROOT = Path("/")
 
@@ -27,6 +27,12 @@ class HostMemory:
 
     def allocated_bytes(self) -> int:
         return 0
+
+    def taken_bytes(self) -> int:
+        return 0
+
+    def forget(self, use: Use) -> None:
+        """No region has been noted."""
 
     def held(self) -> Held | None:
         return None

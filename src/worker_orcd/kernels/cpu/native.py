@@ -59,6 +59,7 @@ from worker_orcd.kernels.cpu.weights import (
     pack_experts,
     pack_matrices,
 )
+from worker_orcd.kernels.memory import Widths, Workspaces
 
 _ACTIVATIONS = {"int8": 8, "int16": 16, "float32": 32}
 _SCRATCH_BYTES = 4 << 20  # of a thread: scores, values, a panel of unpacked weights
@@ -423,11 +424,11 @@ class NativeBackend:
                 raise Internal(f"a layer of cache group {group}; a step has {limits.num_groups} of them")
         return NativeStep(self._library, link(program, result, limits), inputs, limits)
 
-    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
+    def workspaces(self, limits: Limits, widths: Widths) -> Workspaces:
         # Alive at once: the residual, an operation's two inputs and its output, the rope angles; then logits.
         # As much again for what the kernels keep: quantised activations, parts of split attention.
-        activations = 8 * limits.max_tokens * (widest + 16)
-        return 4 * (activations + limits.max_rows * (vocab_size + 16)) + self._threads * _SCRATCH_BYTES
+        numbers = 8 * limits.max_tokens * (widths.widest + 16) + limits.max_rows * (widths.vocab_size + 16)
+        return Workspaces(buffers_bytes=4 * numbers + self._threads * _SCRATCH_BYTES)
 
     def close(self) -> None:
         """Nothing is held but memory, which goes with the backend and the steps it compiled."""

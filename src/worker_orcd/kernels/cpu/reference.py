@@ -39,6 +39,7 @@ from worker_orcd.kernels.backend import (
 from worker_orcd.kernels.cpu.cores import check_threads
 from worker_orcd.kernels.cpu.inputs import allocate_cpu_inputs, check_counts, join_bias, valid_inputs
 from worker_orcd.kernels.cpu.memory import HostMemory, available_memory, check_cache, unused_memory
+from worker_orcd.kernels.memory import Widths, Workspaces
 
 TILE_WEIGHTS = 1 << 18  # dequantised at a time: 1 MiB of float32 stays in a core's own cache
 
@@ -285,11 +286,11 @@ class ReferenceBackend:
 
         return step
 
-    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
-        activations = (
-            6 * limits.max_tokens * widest
-        )  # the residual, an operation's inputs, output and product
-        return 4 * (activations + 2 * limits.max_rows * vocab_size + 4 * TILE_WEIGHTS)
+    def workspaces(self, limits: Limits, widths: Widths) -> Workspaces:
+        # The residual, an operation's inputs, output and product.
+        activations = 6 * limits.max_tokens * widths.widest
+        logits = 2 * limits.max_rows * widths.vocab_size
+        return Workspaces(buffers_bytes=4 * (activations + logits + 4 * TILE_WEIGHTS))
 
     def close(self) -> None:
         self._angles.clear()

@@ -64,6 +64,7 @@ from worker_orcd.kernels.cuda.rounds import Rounds
 from worker_orcd.kernels.cuda.sampler import DeviceSampler
 from worker_orcd.kernels.cuda.step import CudaStep, DrawingStep
 from worker_orcd.kernels.cuda.weights import CudaWeight, Uploader
+from worker_orcd.kernels.memory import Widths, Workspaces
 
 T = TypeVar("T")
 MakeLauncher = Callable[[Kernels, BatchInputs, Limits, Sequence[Operation], torch.Tensor | None], Launcher]
@@ -71,7 +72,8 @@ OnCompile = Callable[[int, int], None]
 
 OLDEST = 80  # compute capability
 _BLOCK_MULTIPLE = 16  # tokens
-_SCRATCH_BYTES = 256 << 20  # parts of split products and of split attention, graphs, loaded code
+_SCRATCH_BYTES = 128 << 20  # parts of split products and of split attention
+GRAPH_BYTES = 128 << 20  # that graphs and the code of kernels take at most, which the driver allocates
 
 
 def _nobody_watches(_done: int, _all: int) -> None:
@@ -322,6 +324,31 @@ class CudaBackend:
 
     def compile(self, forward: Forward, inputs: BatchInputs, limits: Limits) -> CompiledForward:
         """Raises InsufficientMemory; Internal for shapes that do not fit together."""
+        try:
+            step = self._build(forward, inputs, limits)
+            if self._device.type == "cuda":
+                with torch.inference_mode():
+                    step.warm(self._on_compile)
+        except torch.cuda.OutOfMemoryError as error:
+            raise InsufficientMemory("a step's buffers do not fit into the GPU's memory") from error
+        return step
+
+    def rehearse(self, forward: Forward, limits: Limits) -> Workspaces:
+        """Raises as `compile` does."""
+        before = self.memory.allocated_bytes()
+        try:
+            step = self._build(forward, self.allocate_inputs(limits), limits)
+        except torch.cuda.OutOfMemoryError as error:
+            raise InsufficientMemory("a step's buffers do not fit into the GPU's memory") from error
+        taken = self.memory.allocated_bytes() - before
+        sampler_bytes = step.sampler_bytes
+        self._staging = None
+        return Workspaces(
+            buffers_bytes=taken - sampler_bytes, sampler_bytes=sampler_bytes, graphs_bytes=GRAPH_BYTES
+        )
+
+    def _build(self, forward: Forward, inputs: BatchInputs, limits: Limits) -> CudaStep:
+        """A step with all its buffers, but nothing compiled yet."""
         program = self._program = Program()
         try:
             result: Value = forward(BatchInputs(*(InputName(entry.name) for entry in fields(BatchInputs))))
@@ -333,27 +360,28 @@ class CudaBackend:
         self._uploader.close()
         operations = fuse(program.operations, result)
         sampler = None
-        if self._device.type == "cuda" and result.width <= MAX_VOCAB:
-            with torch.inference_mode():
-                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows, limits.longest)
-        drawn = None if sampler is None else sampler.token_ids[0]
-        launcher = self._make_launcher(self._kernels, staging.device, limits, operations, drawn)
-        executor = Executor(operations, result, launcher, staging, limits, self._kernels, graphs=self._graphs)
-        if self._device.type != "cuda":
-            return CudaStep(executor, self._device)
         with torch.inference_mode():
+            if self._device.type == "cuda" and result.width <= MAX_VOCAB:
+                sampler = DeviceSampler(self._kernels, result.width, limits.max_rows, limits.longest)
+            drawn = None if sampler is None else sampler.token_ids[0]
+            launcher = self._make_launcher(self._kernels, staging.device, limits, operations, drawn)
+            executor = Executor(
+                operations, result, launcher, staging, limits, self._kernels, graphs=self._graphs
+            )
             if sampler is None:
-                executor.warm(self._on_compile)
                 return CudaStep(executor, self._device)
             rounds = Rounds(self._kernels, staging.device, limits, sampler.token_ids, sampler.ints)
-            step = DrawingStep(executor, self._device, sampler, rounds)
-            step.warm(self._on_compile)
-            return step
+            return DrawingStep(executor, self._device, sampler, rounds)
 
-    def workspace_bytes(self, limits: Limits, widest: int, vocab_size: int) -> int:
-        activations = 6 * limits.max_tokens * (widest + 64)
-        draws = DeviceSampler.device_bytes(vocab_size, limits.max_rows, limits.longest)
-        return 4 * (activations + 2 * limits.max_rows * (vocab_size + 64)) + draws + _SCRATCH_BYTES
+    def workspaces(self, limits: Limits, widths: Widths) -> Workspaces:
+        activations = 6 * limits.max_tokens * (widths.widest + 64)
+        logits = 2 * limits.max_rows * (widths.vocab_size + 64)
+        angles = widths.angles * limits.longest
+        return Workspaces(
+            buffers_bytes=4 * (activations + logits + angles) + _SCRATCH_BYTES,
+            sampler_bytes=DeviceSampler.device_bytes(widths.vocab_size, limits.max_rows, limits.longest),
+            graphs_bytes=GRAPH_BYTES,
+        )
 
     def close(self) -> None:
         """Nothing is held but memory, which goes with the backend and the steps it compiled."""

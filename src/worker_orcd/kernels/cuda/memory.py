@@ -57,6 +57,15 @@ class CudaMemory:
         free, _total = torch.cuda.mem_get_info(self._device)
         return free
 
+    def taken_bytes(self) -> int:
+        if not self.counts:
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
+
+    def forget(self, use: Use) -> None:
+        self._regions = {key: one for key, one in self._regions.items() if one.use != use}
+
     def held(self) -> Held | None:
         if not self.counts:
             return None

@@ -30,6 +30,15 @@ class CudaStep:
     def __init__(self, executor: Executor, device: torch.device) -> None:
         self.executor, self._device = executor, device
 
+    @property
+    def sampler_bytes(self) -> int:
+        """On the device."""
+        return 0
+
+    def warm(self, on_progress: Callable[[int, int], None]) -> None:
+        """Compile every kernel and capture every graph. `on_progress(done, all)`."""
+        self.executor.warm(on_progress)
+
     def __call__(self, counts: Counts) -> torch.Tensor:
         if self._device.type != "cuda":
             with torch.inference_mode():
@@ -58,8 +67,12 @@ class DrawingStep(CudaStep):
         self._sampler, self._rounds = sampler, rounds
         self._bursts: dict[tuple[int, Wanted], torch.cuda.CUDAGraph] = {}  # by rows
 
+    @property
+    def sampler_bytes(self) -> int:
+        return self._sampler.allocated_bytes
+
     def warm(self, on_progress: Callable[[int, int], None]) -> None:
-        """Compile every kernel and capture every graph. `on_progress(done, all)`."""
+        """As `CudaStep.warm`."""
 
         def launch_more(logits: torch.Tensor) -> None:
             self._sampler.launch_all(logits)
