@@ -118,6 +118,7 @@ class Answer:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_code: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -217,6 +218,7 @@ class RunningEngine(AbstractContextManager["RunningEngine"]):
             answer.num_cached_tokens = max(answer.num_cached_tokens, output.num_cached_tokens)
             if output.finish_reason is not None:
                 answer.finish_reason, answer.error = output.finish_reason, output.error
+                answer.error_code = output.error_code
                 answer.done.set()
 
     def send(
@@ -249,11 +251,16 @@ class RunningEngine(AbstractContextManager["RunningEngine"]):
 
     def answer(self, number: int) -> Answer:
         """The whole answer, when it is there. Raises TimeoutError; RuntimeError for one that failed."""
+        answer = self.end_of(number)
+        if answer.finish_reason is FinishReason.ERROR:
+            raise RuntimeError(f"request {number}: {answer.error}")
+        return answer
+
+    def end_of(self, number: int) -> Answer:
+        """As `answer`, but of one that failed too."""
         answer = self._answers[number]
         if not answer.done.wait(ANSWER_SECONDS):
             raise TimeoutError(f"request {number} has no answer after {ANSWER_SECONDS:.0f} s")
-        if answer.finish_reason is FinishReason.ERROR:
-            raise RuntimeError(f"request {number}: {answer.error}")
         return answer
 
     def busy(self, numbers: Sequence[int]) -> bool:

@@ -61,6 +61,7 @@ PARTS = {
         Part("tiny fp8", "gpu_model.py", ("--only", "tiny", "--kv", "fp8")),
         Part("model", "gpu_model.py", ("--only", "same"), files=True),
         Part("engine", "gpu_engine.py", ("--only", "same", "memory"), files=True, any_device=True),
+        Part("memory", "gpu_memory.py", files=True, any_device=True),
     ),
     "bench": (
         Part("linear", "gpu_linear.py", ("--only", "speed", "--seconds", "380")),
@@ -102,7 +103,9 @@ def command(part: Part, args: argparse.Namespace, files: Sequence[Path], out: Pa
     if args.commit is not None:
         line += ["--commit", args.commit]
     if part.any_device:
-        line += ["--device", args.device, *args.engine_options.split()]
+        line += ["--device", args.device]
+    if part.script == "gpu_engine.py":
+        line += args.engine_options.split()
     return line
 
 

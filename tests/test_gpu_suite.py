@@ -49,7 +49,8 @@ def test_results_are_in_one_file(tmp_path: Path):
     assert done.returncode == 1
     assert done.stdout.splitlines()[-2].endswith("failed (1)")
     merged = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert any("absent.gguf" in line for line in merged["parts"]["engine"]["printed"])
+    for part in ("engine", "memory"):
+        assert any("absent.gguf" in line for line in merged["parts"][part]["printed"])
 
 
 def test_after_a_failure_it_goes_on(
@@ -121,8 +122,9 @@ def test_parts_are_chosen():
 def test_files_go_to_those_that_read_them(tmp_path: Path):
     args = arguments(["check", "x.gguf", "--commit", "abc", "--engine-options", "--subjects 3"])
     lines = {part.name: command(part, args, args.files, tmp_path / "o") for part in PARTS["check"]}
-    assert {name for name, line in lines.items() if "x.gguf" in line} == {"model", "engine"}
+    assert {name for name, line in lines.items() if "x.gguf" in line} == {"model", "engine", "memory"}
     assert lines["engine"][-4:] == ["--device", "cuda", "--subjects", "3"]
+    assert lines["memory"][-2:] == ["--device", "cuda"]  # the options are the engine's
     assert lines["linear"][-4:] == ["--out", str(tmp_path / "o"), "--commit", "abc"]
 
 

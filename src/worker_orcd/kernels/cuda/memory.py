@@ -86,9 +86,8 @@ class CudaMemory:
         if self.counts:
             torch.cuda.empty_cache()
             taken = torch.cuda.memory_reserved(self._device)
-            # A byte more, so that rounding never makes it less than there is.
-            fraction = min(1.0, (taken + 1) / self.facts.memory_bytes)
-            self._allow(fraction)
+            _free, total = torch.cuda.mem_get_info(self._device)
+            self._allow(min(1.0, (taken + 1) / total))  # a byte more: rounding must not make it less
 
     def release(self) -> int | None:
         self._regions.clear()
