@@ -81,6 +81,18 @@ async def test_the_last_look_is_kept() -> None:
     assert bench.nvml.closed
 
 
+async def test_a_driver_that_shows_no_processes_is_said_to_whoever_wants_to_yield() -> None:
+    bench = Bench(FakeNvml(processes=None))
+    await bench.open()
+    assert bench.status.gpu.body()["other_processes"] is None
+    bench.watch.warn_unless_told(wanted=True)
+    assert "the driver does not show processes" in bench.events("warning")[0]["sentence"]
+    visible = Bench(FakeNvml())
+    await visible.open()
+    visible.watch.warn_unless_told(wanted=True)
+    assert not visible.log.getvalue()
+
+
 async def test_xids_are_counted_told_and_judged() -> None:
     bench = Bench(FakeNvml())
     await bench.open()
@@ -139,5 +151,9 @@ async def test_without_nvml_it_says_why(nvml: FakeNvml, uuid: str | None, reason
     await bench.watch.look()
     body = bench.status.gpu.body()
     assert body["available"] is False and body["reason"].startswith(reason)
-    assert not bench.watch.tells_others and not bench.log.getvalue()
+    bench.watch.warn_unless_told(wanted=False)
+    assert not bench.log.getvalue()
+    bench.watch.warn_unless_told(wanted=True)
+    (told,) = bench.events("warning")
+    assert told["sentence"].startswith(f"yield_to_others does nothing: {reason}")
     await bench.watch.close()

@@ -296,6 +296,7 @@ async def test_a_paused_worker_ends_when_it_is_told_to(start: Start, gpu: None) 
         assert (await running.client.post("/shutdown")).status_code == 202
         assert await running.exit_code() == 0
         assert time.monotonic() - started < 9 and not running.worker.is_stuck
+    assert nvml.closed
 
 
 @pytest.mark.slow

@@ -55,10 +55,12 @@ class GpuWatch:
         self._gpu: NvmlGpu | None = None
         self._neighbours: Neighbours | None = None
 
-    @property
-    def tells_others(self) -> bool:
-        """Whether the last look could tell who else is there."""
-        return self._status.gpu.others is not None
+    def warn_unless_told(self, *, wanted: bool) -> None:
+        """Where somebody wants to know who else is there, say so if nobody can."""
+        gpu = self._status.gpu
+        if wanted and gpu.others is None:
+            reason = gpu.unavailable if gpu.sample is None else "the driver does not show processes"
+            self._narration.warn(f"yield_to_others does nothing: {reason}.")
 
     async def prepare(self) -> None:
         """Before the GPU is opened: look who is there."""

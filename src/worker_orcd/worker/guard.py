@@ -135,6 +135,7 @@ class Guard:
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
+        self._gpu.warn_unless_told(wanted=self._config.yield_to_others)
         every: dict[Callable[[], Awaitable[None]], float] = {
             self.look_at_gpu: self._config.gpu_poll_seconds,
             self._residency.look: self._config.residency_check_seconds,

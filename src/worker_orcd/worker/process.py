@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 WORKER_TYPE = "gguf"
 _CANCEL_SECONDS = 2.0  # for streams to say that they were cancelled
 _CLOSE_SECONDS = 3.0  # for connections to close
+_GPU_SECONDS = 1.0  # for NVML to be left
 _MIB = 1 << 20
 _STEP_SECONDS = 10.0  # for the step in flight, and for loading to notice that it should stop
 
@@ -169,6 +170,9 @@ class Worker:
         server.should_exit = True
         await asyncio.gather(http, return_exceptions=True)
         await loop.run_in_executor(None, self._close)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GPU_SECONDS):
+                await self._gpu.close()
         self._narration.tell("shutdown", f"The worker has stopped with exit code {code}.", exit_code=code)
         return code
 
