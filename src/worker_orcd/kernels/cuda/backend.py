@@ -73,7 +73,7 @@ OnCompile = Callable[[int, int], None]
 OLDEST = 80  # compute capability
 _BLOCK_MULTIPLE = 16  # tokens
 _SCRATCH_BYTES = 128 << 20  # parts of split products and of split attention
-GRAPH_BYTES = 128 << 20  # that graphs and the code of kernels take at most, which the driver allocates
+GRAPH_BYTES = 256 << 20  # that graphs and the code of kernels take at most, which the driver allocates
 
 
 def _nobody_watches(_done: int, _all: int) -> None:
