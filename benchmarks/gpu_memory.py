@@ -416,7 +416,6 @@ def main() -> None:
         gc.unfreeze()
         gc.collect()
         if session.args.device == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0)  # the next file's model is another
             torch.cuda.empty_cache()
     print("\n" + "\n".join(session.lines))
     print(f"{session.failed} failures; {session.args.out}")

@@ -98,6 +98,9 @@ def test_sealed_memory_is_exactly_what_is_taken_and_release_opens_it(gpu: Gpu) -
     gpu.allocated = 0
     assert found.release() == 0
     assert gpu.fraction == 1.0 and found.regions() == ()
+    found.seal()
+    memory()
+    assert gpu.fraction == 1.0  # the next model's
 
 
 def test_memory_is_noted_once_and_whole(gpu: Gpu) -> None:

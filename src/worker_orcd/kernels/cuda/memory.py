@@ -23,6 +23,8 @@ class CudaMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        if self.counts:
+            self._allow(1.0)  # the model that this process had before may have sealed it
         self._regions: dict[int, Region] = {}  # by address
         self._free_at_first = self._free_bytes() if self.counts else 0
         self._taken_at_first = torch.cuda.memory_reserved(device) if self.counts else 0
