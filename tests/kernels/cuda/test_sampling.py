@@ -31,7 +31,6 @@ from worker_orcd.kernels.cuda.draw_slab import (
     MOST_UNCOUNTED,
     NONE_LEFT,
     OK,
-    SAMPLES,
     SMALLEST_ENTRIES,
     DrawSlab,
     Int,
@@ -275,32 +274,6 @@ def test_rows_that_fail_at_once_are_not_drawn() -> None:
     assert "at most 20" in failures[2].message
     with pytest.raises(ValueError, match="9 draws"):
         filled.fill([draw_of()] * 9)
-
-
-def test_room_for_entries_never_grows_and_who_finds_none_fails_alone() -> None:
-    filled = DrawSlab(MAX_VOCAB, 5, torch.device("cpu"))
-    held = [filled.entries.data_ptr(), filled.saved.data_ptr(), len(filled.saved)]
-    many = draw_of(token_ids=list(range(SMALLEST_ENTRIES - 1)), presence_penalty=1.0)
-    wanted, failures = filled.fill([draw_of(), many, many, draw_of(excluded=(70_000,)), draw_of()])
-    assert wanted.adjusts and list(failures) == [2]
-    assert failures[2].code == "VRAM_OOM"
-    filled.upload()
-    records = filled.entries.numpy().view("<i4").reshape(-1, 4)
-    assert records[:, 0].tolist() == [*range(SMALLEST_ENTRIES - 1), 70_000]
-    assert records[-1, 1] == EXCLUDED
-    flags = filled.ints.numpy().view("<i8").reshape(len(Int), -1)[Int.FLAGS]
-    assert [bool(flag & SAMPLES) for flag in flags.tolist()] == [True, True, False, True, True]
-    assert filled.fill([many])[1] == {}  # alone it has room
-    assert held == [filled.entries.data_ptr(), filled.saved.data_ptr(), len(filled.saved)]
-
-
-def test_any_row_alone_has_room() -> None:
-    """Whatever its penalties, biases and stop tokens name."""
-    vocab = SMALLEST_ENTRIES + 10
-    filled = DrawSlab(vocab, 1, torch.device("cpu"), entries_needed(vocab, 1, 1 << 20))
-    everything = draw_of(tuple(range(64)), list(range(vocab)), presence_penalty=1.0)
-    assert filled.fill([everything])[1] == {}
-    assert MOST_ENTRIES >= MAX_VOCAB + MOST_UNCOUNTED
 
 
 def test_there_is_room_for_tokens_that_nobody_knows() -> None:
