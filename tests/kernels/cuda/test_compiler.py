@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,3 +120,38 @@ def test_which_arguments_are_multiples_of_sixteen() -> None:
     assert kernel().aligned_arguments == (0, 2)
     assert kernel(aligned=("n",)).aligned_arguments == (0, 1, 2)
     assert kernel(loose=("y",)).aligned_arguments == (0,)
+
+
+def test_what_prepares_is_over_before_a_kernel_is_compiled() -> None:
+    order: list[str] = []
+    begin = threading.Event()
+
+    def prepare() -> None:
+        begin.wait(60)
+        order.append("prepared")
+        raise OSError("told by who needs it")
+
+    def compile(kernel: Kernel, capability: int) -> Compiled:
+        order.append("compiled")
+        return Compiled(kernel, capability)
+
+    kernels = Kernels(CPU, 90, compile, prepare=prepare)
+    threading.Timer(0.05, begin.set).start()
+    kernels.compile_all([kernel(0), kernel(1)], lambda _done, _all: None)
+    assert order == ["prepared", "compiled", "compiled"]
+
+
+def test_after_preparing_nothing_is_left_to_import() -> None:
+    """In a process of its own: only there is nothing imported yet."""
+    pytest.importorskip("triton")
+    code = """
+import sys
+from worker_orcd.kernels.cuda.compiler import prepare_triton
+prepare_triton()
+from triton.runtime.cache import triton_key
+print(triton_key.cache_info().currsize, "triton.compiler" in sys.modules, *[
+    name for name in ("attention", "linear", "sampling") if f"worker_orcd.kernels.cuda.{name}" in sys.modules
+])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "True", "attention", "linear", "sampling"], done.stderr

@@ -30,7 +30,7 @@ from worker_orcd.kernels.backend import (
     RopeParams,
 )
 from worker_orcd.kernels.cuda.cache_type import FP8
-from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels
+from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels, prepare_triton
 from worker_orcd.kernels.cuda.draw_slab import MAX_VOCAB
 from worker_orcd.kernels.cuda.executor import Executor, Launcher
 from worker_orcd.kernels.cuda.expert_weights import PackedExperts, pack_experts
@@ -417,7 +417,7 @@ def open_cuda(config: DeviceConfig, on_compile: OnCompile) -> CudaBackend:
             f"the GPU has compute capability {major}.{minor}; 8.0 is the oldest that works"
         )
     fp8 = config.kv_cache_dtype == "fp8"
-    kernels = Kernels(device, capability, overlap=FULL_OVERLAP)
+    kernels = Kernels(device, capability, overlap=FULL_OVERLAP, prepare=prepare_triton)
     return CudaBackend(kernels, fp8_cache=fp8, on_compile=on_compile)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -95,6 +96,37 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
     return triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
 
 
+# Of this package, those that nearly every model has kernels of.
+_MODULES = ("advance", "attention", "elementwise", "embedding", "linear", "norms", "sampling")
+
+
+def prepare_triton() -> None:
+    """Import what `compile_kernel` does, and let Triton hash itself, which takes it half a second."""
+    importlib.import_module("triton.backends.compiler")
+    for name in _MODULES:
+        importlib.import_module(f"worker_orcd.kernels.cuda.{name}")
+    for name in ("triton.runtime.cache", "triton.compiler.compiler"):  # newer, older
+        key = getattr(importlib.import_module(name), "triton_key", None)
+        if key is not None:
+            key()  # which Triton remembers: a part of every kernel's name in its cache
+            return
+
+
+class Preparation:
+    """`work` on a thread of its own. What fails there fails again, and is told, where it is needed."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._run, args=(work,), name="prepare")
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+
 class Kernels:
     """Compiled kernels of one device, launched on its current stream."""
 
@@ -104,7 +136,10 @@ class Kernels:
         capability: int,
         compile: Compile = compile_kernel,
         overlap: Overlap = NO_OVERLAP,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
+        """`prepare` begins at once, beside whatever comes before the first kernel is compiled."""
+        self._preparation = None if prepare is None else Preparation(prepare)
         self.device, self.capability = device, capability
         self.overlap = overlap if capability >= 90 else NO_OVERLAP
         self._compile = compile
@@ -127,6 +162,8 @@ class Kernels:
         """Loaded onto the device at its first launch."""
         found = self._compiled.get(kernel)
         if found is None:
+            if self._preparation is not None:
+                self._preparation.wait()
             found = self._compiled[kernel] = self._compile(kernel, self.capability)
         return found
 
