@@ -438,3 +438,13 @@ def test_what_is_in_the_cache_needs_no_hub(fake_hub: Any, tmp_path: Path) -> Non
     [there] = resolve_in_a_process(fake_hub.endpoint, tmp_path, "hf:org/repo/m.gguf")
     [found] = resolve_in_a_process("http://127.0.0.1:9", tmp_path, "hf:org/repo/m.gguf")
     assert found["path"] == there["path"]
+
+
+def test_a_file_that_is_here_is_known_at_once(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and so on")
+    assert hub.check_local(str(path)) == path
+    assert hub.check_local("demo") is hub.check_local("hf:org/repo/file.gguf") is None
+    path.write_bytes(b"PK")
+    with pytest.raises(InvalidModelFile, match="is no GGUF file"):
+        hub.check_local(str(path))

@@ -93,10 +93,12 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     return path
 
 
-def check_local(model: str) -> None:
-    """Raises ModelNotFound or InvalidModelFile if `model` is a path and no GGUF file: known at once."""
+def check_local(model: str) -> Path | None:
+    """The file, if `model` is a path. Raises ModelNotFound or InvalidModelFile if that is no GGUF file: known
+    at once.
+    """
     if model == "demo" or model.startswith("hf:"):
-        return
+        return None
     path = resolve(model)
     try:
         with path.open("rb") as file:
@@ -107,6 +109,7 @@ def check_local(model: str) -> None:
         raise InvalidModelFile(
             f"{path.name!r} is no GGUF file: it begins with {start!r}, not with {_MAGIC!r}"
         )
+    return path
 
 
 def models_directory() -> Path:

@@ -48,8 +48,12 @@ def serve(
         warn("anybody who can reach this machine can use and stop this worker (--insecure)")
     from worker_orcd import hub
 
-    hub.check_local(settings.model)
-    from worker_orcd import worker  # after the settings are known to be good: it takes a second
+    path = hub.check_local(settings.model)
+    # After the settings are known to be good: what follows takes seconds.
+    from worker_orcd.worker import ahead
+
+    ahead.begin(settings.device, path)
+    from worker_orcd import worker
 
     pretty = settings.server.narration != "json" and sys.stderr.isatty()
     raise typer.Exit(worker.serve(settings, drawing=progress_bar if pretty else None))

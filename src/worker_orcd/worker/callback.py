@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import httpx
 
 from worker_orcd.config import CallbackConfig
 from worker_orcd.errors import Internal, InvalidConfiguration
 from worker_orcd.narration import Narration
+
+if TYPE_CHECKING:
+    import httpx
 
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 15.0
@@ -61,6 +63,8 @@ async def announce(
         where = _without_secrets(config.url)
     except ValueError:
         raise InvalidConfiguration("the callback URL is not a URL that can be called") from None
+    import httpx  # here: most workers announce themselves to nobody
+
     async with httpx.AsyncClient(timeout=config.timeout_seconds, trust_env=False) as client:
         for attempt in range(1, config.attempts + 1):
             problem, final = await _post(client, config.url, body, headers)
@@ -81,6 +85,8 @@ async def _post(
     client: httpx.AsyncClient, url: str, body: Mapping[str, object], headers: dict[str, str]
 ) -> tuple[str | None, bool]:
     """What went wrong, if anything, and whether trying again is pointless."""
+    import httpx
+
     try:
         response = await client.post(url, json=body, headers=headers)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):

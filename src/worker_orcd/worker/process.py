@@ -48,6 +48,7 @@ from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.protocol import uvicorn_config
 from worker_orcd.server.status import CAPABILITIES, PAUSE_RETRY_SECONDS, Status
 from worker_orcd.version import VERSION
+from worker_orcd.worker.ahead import import_torch, imported
 from worker_orcd.worker.callback import announce, read_token
 from worker_orcd.worker.gpu_watch import GpuWatch, OpenNvml
 from worker_orcd.worker.guard import Guard, OpenProbe, ResidencyWatch
@@ -232,10 +233,10 @@ class Worker:
             loaded: LoadedModel | None = None
             failure: BaseException | None = None
             try:
-                from worker_orcd.worker.loading import (
-                    load,
-                )  # here: torch takes seconds, and HTTP is up already
+                import_torch()  # here: it takes seconds, and HTTP is up already
+                from worker_orcd.worker.loading import load
 
+                imported()
                 with self._drawing() as draw:
                     progress = self._progress = LoadProgress(self._narration, on_percent, draw)
                     loaded = load(
