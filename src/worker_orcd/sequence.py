@@ -55,10 +55,10 @@ class Sequence:
     sampling: SamplingParams
     min_tokens: int = 0  # stop tokens cannot be sampled before this many outputs
     priority: int = 0  # lower runs first
-    deadline: float | None = None  # time.monotonic() seconds
+    deadline: float | None = None  # by the engine's clock
     cache_salt: bytes = b""  # prefix-cache blocks are shared only between equal salts
     arrival: int = 0  # the scheduler's count of submits: who came first
-    submitted_at: float = 0.0  # time.monotonic() seconds
+    submitted_at: float = 0.0  # likewise
     queue_seconds: float = 0.0  # from the submit to the first step that computed it
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine_fakes import STOP, FakeDevice, Gate
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.config import EngineConfig
 from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.blocks import BlockPool
@@ -41,6 +42,7 @@ class Bench:
     ):
         self.config = EngineConfig(max_num_seqs=max_seqs, max_num_batched_tokens=64, block_size=4)
         self.scheduler = Scheduler(self.config, [CacheGroup(BlockPool(num_blocks))])
+        self.clock: Clock = MONOTONIC
         self.before_launch: Callable[[], None] = lambda: None
         self.before_wait: Callable[[], None] = lambda: None
         self.device = Gate(
@@ -64,6 +66,7 @@ class Bench:
             burst_seconds=burst_seconds,
             narration=Narration("json", stream=self.log),
             on_failure=self.fail,
+            clock=lambda: self.clock(),
         )
         self.ids = itertools.count()
 

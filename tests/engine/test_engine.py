@@ -6,7 +6,6 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 from engine_bench import SECONDS, Bench, Hand, check_last_outputs, raises
@@ -117,9 +116,9 @@ def test_counts_are_told_while_a_step_computes(bench: Bench):
         assert seen == [(1, 3), (2, 13), (1, 13), (1, 3)]
 
 
-def test_a_deadline_ends_a_running_sequence(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_deadline_ends_a_running_sequence(bench: Bench):
     now = [100.0]
-    monkeypatch.setattr("worker_orcd.engine.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+    bench.clock = lambda: now[0]
 
     def pass_the_deadline() -> None:
         if bench.device.num_steps == 20:

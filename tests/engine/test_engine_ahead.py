@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import pytest
 from engine_bench import SECONDS, Bench, Hand, check_last_outputs
@@ -56,9 +55,9 @@ def test_tokens_are_published_when_their_step_is_over_and_not_the_next(bench: Be
     assert len(bench.last(number).tokens) == 1
 
 
-def test_steps_take_as_long_as_they_keep_the_device(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_steps_take_as_long_as_they_keep_the_device(bench: Bench):
     now = [100.0]
-    monkeypatch.setattr("worker_orcd.engine.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+    bench.clock = lambda: now[0]
 
     def compute() -> None:
         now[0] += 2.0

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from worker_orcd.clock import MONOTONIC
 from worker_orcd.config import ServerConfig
 from worker_orcd.engine.messages import Command, EngineSnapshot, GroupBlocks, Output, StepStats, Submit
 from worker_orcd.gguf.metadata import Metadata
@@ -263,6 +264,7 @@ async def world(tokenizer: Tokenizer, chat_template: ChatTemplate) -> AsyncItera
         **settings: Any,
     ) -> World:
         buffered = settings.pop("max_buffered_outputs", 4096)
+        clock = settings.pop("clock", MONOTONIC)
         settings.setdefault("metrics_interval_ms", 3_600_000)  # only at the end, however slow a stream is
         config = ServerConfig(**settings)
         status = Status(worker_id="w-1", model_ref="small.gguf")
@@ -284,6 +286,7 @@ async def world(tokenizer: Tokenizer, chat_template: ChatTemplate) -> AsyncItera
             metrics,
             narration=Narration("json", stream=log, log_prompts=config.log_prompts),
             request_shutdown=lambda: shutdowns.append(True),
+            clock=clock,
         )
         serving = Serving(
             model_id="small",

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.engine.messages import (
     Cancel,
     Command,
@@ -61,7 +61,7 @@ class _Launched:
     """A step that is under way, or what came of launching it: that is told after the steps before it."""
 
     step: Step
-    begun: float  # time.monotonic() seconds
+    begun: float  # by the engine's clock
     pending: PendingStep | Exception
 
     def wait(self) -> Sequence[RowResult]:
@@ -94,6 +94,7 @@ class Engine:
         narration: Narration | None = None,
         on_failure: Callable[[EngineError], None] = ignore_failure,
         burst_seconds: float = 0.0,
+        clock: Clock = MONOTONIC,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -101,13 +102,14 @@ class Engine:
         self._observer = observer or NullObserver()
         self._narration = narration or Narration()
         self._on_failure = on_failure
+        self._clock = clock
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._closing = threading.Lock()  # so that the sentinel is the last thing in the inbox
         self._closed = False
         self._stopping = False
         self._outputs: list[Output] = []  # not yet published
         self._launched: deque[_Launched] = deque()  # the oldest first
-        self._last_end = 0.0  # of a step, in time.monotonic() seconds
+        self._last_end = 0.0  # of a step, by the clock
         self._burst_seconds = burst_seconds
         self._round_seconds = 0.0  # of a round of decodes, lately; 0: unknown
         self._num_failing_steps = 0  # in a row
@@ -183,7 +185,7 @@ class Engine:
 
     def _launch_next(self) -> bool:
         """Whether there was a step to launch."""
-        now = time.monotonic()
+        now = self._clock()
         self._outputs += self._scheduler.expire(now)
         step = self._scheduler.schedule(now, self._max_draws())
         if step is None:
@@ -202,7 +204,7 @@ class Engine:
 
     def _end_oldest(self) -> None:
         launched = self._launched.popleft()
-        asked = time.monotonic()
+        asked = self._clock()
         try:
             results = launched.wait()
         except Exception as error:
@@ -213,7 +215,7 @@ class Engine:
             self._learn(launched, asked)
             self._outputs += self._scheduler.update(launched.step, results)
         self._look()
-        now = time.monotonic()
+        now = self._clock()
         self._observe(now - max(launched.begun, self._last_end))
         self._last_end = now
         if self._launched:  # else the device waits for the next step, which goes first
@@ -225,7 +227,7 @@ class Engine:
         """
         if launched.step.num_tokens > len(launched.step.rows):
             return
-        now = time.monotonic()
+        now = self._clock()
         seconds = now - max(launched.begun, self._last_end)
         measured = seconds / launched.step.num_rounds
         if now - asked >= _LATE * seconds or self._round_seconds <= 0.0:
@@ -261,7 +263,7 @@ class Engine:
             )
             return
         try:
-            self._outputs += self._scheduler.submit(command, time.monotonic())
+            self._outputs += self._scheduler.submit(command, self._clock())
         except Internal as error:  # no output: it would end the sequence that rightly has this id
             self._narration.tell("error", f"A submit was ignored: {error}.", code=error.code)
 

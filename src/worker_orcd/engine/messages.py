@@ -19,7 +19,7 @@ class Submit:
     sampling: SamplingParams
     min_tokens: int = 0
     priority: int = 0  # lower runs first
-    deadline: float | None = None  # time.monotonic() seconds
+    deadline: float | None = None  # by the engine's clock
     cache_salt: bytes = b""
 
 

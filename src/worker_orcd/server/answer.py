@@ -8,11 +8,11 @@ model answers in messages (its reasoning, a call, what the user is told), a piec
 
 from __future__ import annotations
 
-import time
 from typing import Literal
 
 import msgspec
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.engine.messages import Output
 from worker_orcd.errors import Internal
 from worker_orcd.sequence import FinishReason, SampledToken
@@ -36,9 +36,9 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Answer:
-    """Text, counts and times of one sequence. Times are time.monotonic() seconds."""
+    """Text, counts and times of one sequence. Times are the clock's."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer) -> None:
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, clock: Clock = MONOTONIC) -> None:
         self.num_prompt_tokens = len(plan.generation.prompt_token_ids)
         self.num_cached_tokens = 0
         self.has_messages = plan.to_messages and tokenizer.speaks_harmony
@@ -46,12 +46,13 @@ class Answer:
         self.num_tokens = 0  # sampled and delivered, a stop token included
         self.stop_reason: StopReason | None = None  # None: not finished
         self.matched: str | int | None = None  # the stop string, or the stop token that was asked for
-        self.submitted_at = time.monotonic()
+        self.submitted_at = clock()
         self.first_at: float | None = None
         self.last_at = 0.0
         self.queue_seconds = 0.0
         self.texts: list[str] = []  # of the pieces so far
         self._plan = plan
+        self._clock = clock
         self._tokenizer = tokenizer
         self._text = detokenizer(
             tokenizer, plan.generation.prompt_token_ids, stop=plan.stop, messages=plan.to_messages
@@ -80,7 +81,7 @@ class Answer:
             self.num_cached_tokens = output.num_cached_tokens
         self.queue_seconds = output.queue_seconds
         if tokens:
-            self.last_at = time.monotonic()
+            self.last_at = self._clock()
             self.first_at = self.first_at or self.last_at
         pieces: list[Piece] = []
         last = len(tokens) - 1

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.config import ServerConfig
 from worker_orcd.errors import WorkerError
 from worker_orcd.narration import Narration
@@ -38,6 +39,7 @@ def create_app(
     *,
     narration: Narration,
     request_shutdown: Callable[[], None],
+    clock: Clock = MONOTONIC,
 ) -> FastAPI:
     """The application. It can listen before the model is loaded: `status.loaded(...)` makes it serve jobs.
 
@@ -60,6 +62,7 @@ def create_app(
         status=status,
         metrics=metrics,
         narration=narration,
+        clock=clock,
         request_shutdown=request_shutdown,
         bodies=BodyBudget(MAX_BODIES * config.max_body_bytes),
         text_threads=ThreadPoolExecutor(MAX_TEXT_THREADS, thread_name_prefix="text"),

@@ -48,7 +48,7 @@ class Generation:
     sampling: SamplingParams
     min_tokens: int = 0
     priority: int = 0
-    deadline: float | None = None  # time.monotonic() seconds
+    deadline: float | None = None  # by the clock of server and engine
     cache_salt: bytes = b""
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
+from worker_orcd.clock import Clock
 from worker_orcd.config import ServerConfig
 from worker_orcd.errors import QueueFull
 from worker_orcd.narration import Narration
@@ -45,6 +46,7 @@ class Context:
     status: Status
     metrics: Metrics
     narration: Narration
+    clock: Clock
     request_shutdown: Callable[[], None]
     bodies: BodyBudget
     text_threads: ThreadPoolExecutor  # tokenise and render; a request that is gone frees no thread early

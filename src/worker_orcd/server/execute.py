@@ -7,7 +7,6 @@ stream begins, as plain JSON with a status.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -69,7 +68,9 @@ async def execute(
     body: Annotated[ExecuteRequest, Depends(_read)],
 ) -> Response:
     """Run a job and stream its events."""
-    deadline = deadline_of(body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS)
+    deadline = deadline_of(
+        body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS, context.clock
+    )
     job = open_job(context, request, body.job_id)
     prompt = _prompt(body)
 
@@ -93,7 +94,7 @@ async def execute(
         raise
     job.begin(prepared)
     events = partial(_events, job, prepared)
-    return EventStream(events, keep_alive_seconds=context.config.keep_alive_seconds)
+    return EventStream(events, keep_alive_seconds=context.config.keep_alive_seconds, clock=context.clock)
 
 
 DIRECT = {"/execute": DirectRoute(_read, execute)}
@@ -119,7 +120,8 @@ def _prompt(body: ExecuteRequest) -> Prompt:
 
 def _events(job: Job, prepared: Plan, wake: Callable[[], None]) -> Generator[bytes, None, None]:
     serving = job.serving
-    answer = Answer(prepared, serving.tokenizer)
+    clock = job.context.clock
+    answer = Answer(prepared, serving.tokenizer, clock)
     interval = job.context.config.metrics_interval_ms / 1000
     started, told_at = False, 0.0
     try:
@@ -129,12 +131,12 @@ def _events(job: Job, prepared: Plan, wake: Callable[[], None]) -> Generator[byt
                     yield b""
                     continue
                 if not started:
-                    started, told_at = True, time.monotonic()
+                    started, told_at = True, clock()
                     yield _started(job, prepared, answer)
                 if pieces:
                     yield b"".join([event("token", _token(serving, piece)) for piece in pieces])
-                if time.monotonic() - told_at >= interval:
-                    told_at = time.monotonic()
+                if clock() - told_at >= interval:
+                    told_at = clock()
                     yield _metrics(job, answer)
         job.succeeded()
         yield _metrics(job, answer) + _end(job, answer)

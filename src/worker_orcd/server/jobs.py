@@ -6,7 +6,6 @@ is "cancelled" until somebody knows better: that is what it is when the client g
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from types import TracebackType
@@ -45,7 +44,7 @@ class Job:
         self.job_id = admission.job_id
         self.correlation_id = correlation_id
         self._name = admission.job_id if admission.job_id.isprintable() else ascii(admission.job_id)
-        self.received_at = time.monotonic()
+        self.received_at = context.clock()
         self._admission = admission
         self._outcome: Outcome = "cancelled"
         self._failure: str | None = None
@@ -74,7 +73,7 @@ class Job:
             outcome=self._outcome,
             tokens_in=self._tokens_in,
             tokens_out=sum(answer.num_tokens for answer in self._answers),
-            duration_ms=round((time.monotonic() - self.received_at) * 1000),
+            duration_ms=round((self.context.clock() - self.received_at) * 1000),
             **completion,
         )
 
@@ -133,7 +132,7 @@ class Job:
         """
         self._answers.append(answer)
         deadline = plan.generation.deadline
-        if deadline is not None and deadline <= time.monotonic():
+        if deadline is not None and deadline <= self.context.clock():
             raise DeadlineExceeded("the deadline of the job passed before it could start")
         metrics = self.context.metrics
         with closing(self.serving.client.follow(self._admission, plan.generation, wake)) as outputs:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from worker_orcd.clock import Clock
 from worker_orcd.errors import ContextLengthExceeded, InvalidParameter, PayloadTooLarge
 from worker_orcd.sequence import SamplingParams
 from worker_orcd.server.auth import cache_salt
@@ -177,8 +177,8 @@ def _sampling_params(sampling: Sampling, logprobs: int | None) -> SamplingParams
     )
 
 
-def deadline_of(deadline_ms: int | None, header: str | None, max_ms: int) -> float | None:
-    """time.monotonic() of the earlier of field and `X-Deadline` header, both milliseconds from now."""
+def deadline_of(deadline_ms: int | None, header: str | None, max_ms: int, clock: Clock) -> float | None:
+    """By the clock, the earlier of field and `X-Deadline` header, both milliseconds from now."""
     waits = [] if deadline_ms is None else [deadline_ms]
     if header is not None:
         if not (header.isascii() and header.isdecimal() and len(header) <= 12 and 1 <= int(header) <= max_ms):
@@ -187,4 +187,4 @@ def deadline_of(deadline_ms: int | None, header: str | None, max_ms: int) -> flo
                 param="X-Deadline",
             )
         waits.append(int(header))
-    return time.monotonic() + min(waits) / 1000 if waits else None
+    return clock() + min(waits) / 1000 if waits else None

@@ -12,7 +12,6 @@ the last bytes, a task sends them through ASGI and waits for the connection.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import Protocol
@@ -21,6 +20,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.server.disconnect import hung_up, settle
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -68,12 +68,18 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, frames: Frames, *, keep_alive_seconds: float, headers: dict[str, str] | None = None
+        self,
+        frames: Frames,
+        *,
+        keep_alive_seconds: float,
+        headers: dict[str, str] | None = None,
+        clock: Clock = MONOTONIC,
     ) -> None:
         super().__init__(status_code=200, headers={**_HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._frames = frames(self._wake)
         self._keep_alive_seconds = keep_alive_seconds
+        self._clock = clock
         self._written_at = 0.0
         self._writer: BodyWriter | None = None
         self._waits = False  # the task has nothing to send: frames may be written without it
@@ -95,7 +101,7 @@ class EventStream(Response):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
-            self._written_at = time.monotonic()
+            self._written_at = self._clock()
             for frame in self._frames:
                 if gone.done():
                     return
@@ -109,13 +115,13 @@ class EventStream(Response):
 
     async def _send(self, send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        self._written_at = time.monotonic()
+        self._written_at = self._clock()
 
     async def _wait(self, send: Send) -> None:
         """For news, with comments while there are none."""
         self._waits = True
         while not self._news.is_set():
-            silent = time.monotonic() - self._written_at
+            silent = self._clock() - self._written_at
             if silent >= self._keep_alive_seconds:
                 await self._send(send, KEEP_ALIVE)
                 continue
@@ -143,7 +149,7 @@ class EventStream(Response):
                 return
             if known:
                 self._writer.write(b"".join(known))
-                self._written_at = time.monotonic()
+                self._written_at = self._clock()
         except Exception as error:
             self._failure = error
             self._news.set()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.engine.messages import EngineSnapshot
 from worker_orcd.errors import Draining, LoadError, NotReady, Paused, QueueFull, Unavailable, WorkerError
 from worker_orcd.server.client import EngineClient
@@ -85,7 +86,7 @@ class Serving:
 class Status:
     """The worker's state, from the first moment of the process to its last."""
 
-    def __init__(self, *, worker_id: str, model_ref: str) -> None:
+    def __init__(self, *, worker_id: str, model_ref: str, clock: Clock = MONOTONIC) -> None:
         self.worker_id = worker_id
         self.model_ref = model_ref  # as the user wrote it, without a directory
         self.serving: Serving | None = None
@@ -97,7 +98,8 @@ class Status:
         self.residency = Residency()
         self._failure: WorkerError | None = None
         self._draining = False
-        self._started = time.monotonic()
+        self._clock = clock
+        self._started = clock()
 
     def loading(self, percent: float) -> None:
         """Loading has come this far, 0 to 100."""
@@ -137,7 +139,7 @@ class Status:
 
     @property
     def uptime_seconds(self) -> float:
-        return time.monotonic() - self._started
+        return self._clock() - self._started
 
     @property
     def state(self) -> State:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker_orcd import hub
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.config import DeviceConfig, EngineConfig, WorkerConfig
 from worker_orcd.engine.block_tables import CacheGroup
 from worker_orcd.engine.blocks import BlockPool
@@ -178,6 +179,7 @@ def start_engine(
     *,
     narration: Narration | None = None,
     on_failure: Callable[[EngineError], None] = ignore_failure,
+    clock: Clock = MONOTONIC,
 ) -> Engine:
     """A started engine on a loaded model; stop it before closing the model.
 
@@ -192,6 +194,7 @@ def start_engine(
         narration=narration,
         on_failure=on_failure,
         burst_seconds=loaded.engine_config.decode_burst_ms / 1000.0,
+        clock=clock,
     )
     engine.start()
     return engine

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import (
     DeviceError,
@@ -125,6 +126,7 @@ class Worker:
         *,
         open_library: OpenNvml = open_nvml,
         open_probe: OpenProbe = DriverProbe,
+        clock: Clock = MONOTONIC,
     ) -> None:
         self._config = config
         self._narration = narration
@@ -132,6 +134,7 @@ class Worker:
         self._token = token
         self._drawing = drawing or contextlib.nullcontext
         self._status = status
+        self._clock = clock
         self._metrics = Metrics(self._status)
         app = create_app(
             config.server,
@@ -139,6 +142,7 @@ class Worker:
             self._metrics,
             narration=narration,
             request_shutdown=lambda: self._end(0, "Somebody asked for it"),
+            clock=clock,
         )
         self.http_config = uvicorn_config(app, config.server)
         self.http_config.timeout_graceful_shutdown = int(_CLOSE_SECONDS)
@@ -262,6 +266,7 @@ class Worker:
             observer=self._metrics,
             narration=self._narration,
             on_failure=self._engine_failed,
+            clock=self._clock,
         )
         self._tell_loaded(loaded)
         if loaded.backend.name == "cpu-reference":

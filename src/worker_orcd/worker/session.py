@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from worker_orcd.clock import MONOTONIC, Clock
 from worker_orcd.engine.engine import Engine
 from worker_orcd.engine.messages import Command, EngineSnapshot, StepObserver, Submit
 from worker_orcd.errors import EngineError, NotReady, WorkerError
@@ -53,6 +54,7 @@ class Session:
         observer: StepObserver,
         narration: Narration,
         on_failure: Callable[[EngineError], None],
+        clock: Clock = MONOTONIC,
     ) -> None:
         """`on_failure` is called on the event loop."""
         from worker_orcd.worker.loading import start_engine  # here: it brings torch
@@ -69,7 +71,9 @@ class Session:
         self._loaded: LoadedModel | None = loaded
         self._link = link = EngineLink()
         self.client = EngineClient(link.send, loop=loop, max_queue=max_queue)
-        engine = start_engine(loaded, self.client.publish, observer, narration=narration, on_failure=failed)
+        engine = start_engine(
+            loaded, self.client.publish, observer, narration=narration, on_failure=failed, clock=clock
+        )
         link.engine = engine
         if loaded.backend.name != "cuda" and engine.native_id is not None:
             give_way(engine.native_id)  # and with it the kernels' threads, which it has yet to start

@@ -27,13 +27,14 @@ from worker_orcd.server.openai.choices import (
     error_frames,
     open_call,
     stream,
+    streamed,
     usage_of,
 )
 from worker_orcd.server.openai.logprobs import ChatLogprobs, chat_logprobs
 from worker_orcd.server.openai.parts import Parts, Splitter
 from worker_orcd.server.openai.wire import ChatRequest
 from worker_orcd.server.prompt import Prompt, plan
-from worker_orcd.server.sse import EventStream, data
+from worker_orcd.server.sse import data
 
 router = APIRouter(prefix="/v1")
 
@@ -113,7 +114,7 @@ async def chat_completions(
             deadline=call.deadline,
         )
         job.begin(planned)
-        return choices_of([planned.answering_messages()], body.n, job.serving.tokenizer)
+        return choices_of(job, [planned.answering_messages()], body.n)
 
     async def answer() -> JSON:
         choices = await prepare()
@@ -123,8 +124,7 @@ async def chat_completions(
     try:
         if body.stream:
             frames = partial(_frames, call, body, await unless_gone(request, prepare))
-            seconds = context.config.keep_alive_seconds
-            return EventStream(frames, keep_alive_seconds=seconds, headers=call.headers)
+            return streamed(call, frames)
         response = await unless_gone(request, answer)
     except Exception as error:
         job.failed(error)

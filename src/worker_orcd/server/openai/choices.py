@@ -22,9 +22,8 @@ from worker_orcd.server.jobs import Job, open_job
 from worker_orcd.server.openai.fields import ignored_fields
 from worker_orcd.server.openai.wire import OpenAIRequest
 from worker_orcd.server.prompt import Plan, deadline_of
-from worker_orcd.server.sse import data
+from worker_orcd.server.sse import EventStream, Frames, data
 from worker_orcd.server.wire import MAX_DEADLINE_MS
-from worker_orcd.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 ANY_MODEL = "default"  # a name under which any worker's model may be asked for
@@ -75,7 +74,9 @@ def open_call(
     job = open_job(context, request, f"{prefix}-{uuid.uuid4().hex}", num_sequences=num_sequences)
     try:
         headers = ignored_fields(body.model_extra or {})
-        deadline = deadline_of(body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS)
+        deadline = deadline_of(
+            body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS, context.clock
+        )
         require_model(body.model, job.serving.model_id)
     except Exception as error:
         job.failed(error)
@@ -92,10 +93,22 @@ def require_model(asked: str | None, served: str) -> None:
         )
 
 
-def choices_of(plans: Sequence[Plan], n: int, tokenizer: Tokenizer) -> list[Choice]:
+def choices_of(job: Job, plans: Sequence[Plan], n: int) -> list[Choice]:
     """All choices: n to each plan; choice k of a prompt has the prompt's seed plus k."""
     chosen = [plan.choice(k) for plan in plans for k in range(n)]
-    return [Choice(index, plan, Answer(plan, tokenizer)) for index, plan in enumerate(chosen)]
+    tokenizer, clock = job.serving.tokenizer, job.context.clock
+    return [Choice(index, plan, Answer(plan, tokenizer, clock)) for index, plan in enumerate(chosen)]
+
+
+def streamed(call: Call, frames: Frames) -> EventStream:
+    """The response of a call that streams."""
+    context = call.job.context
+    return EventStream(
+        frames,
+        keep_alive_seconds=context.config.keep_alive_seconds,
+        headers=call.headers,
+        clock=context.clock,
+    )
 
 
 async def complete(job: Job, choices: Sequence[Choice]) -> None:

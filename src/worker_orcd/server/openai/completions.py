@@ -26,12 +26,13 @@ from worker_orcd.server.openai.choices import (
     error_frames,
     open_call,
     stream,
+    streamed,
     usage_of,
 )
 from worker_orcd.server.openai.logprobs import CompletionLogprobs, CompletionOffsets
 from worker_orcd.server.openai.wire import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from worker_orcd.server.prompt import Prompt, plan
-from worker_orcd.server.sse import EventStream, data
+from worker_orcd.server.sse import data
 
 router = APIRouter(prefix="/v1")
 
@@ -83,7 +84,7 @@ async def completions(
             for ids in await job.encode(*map(_prompt, body.prompt))
         ]
         job.begin(*plans)
-        return choices_of(plans, body.n, job.serving.tokenizer)
+        return choices_of(job, plans, body.n)
 
     async def answer() -> JSON:
         choices = await prepare()
@@ -93,8 +94,7 @@ async def completions(
     try:
         if body.stream:
             frames = partial(_frames, call, body, await unless_gone(request, prepare))
-            seconds = context.config.keep_alive_seconds
-            return EventStream(frames, keep_alive_seconds=seconds, headers=call.headers)
+            return streamed(call, frames)
         response = await unless_gone(request, answer)
     except Exception as error:
         job.failed(error)
