@@ -172,6 +172,18 @@ async def test_a_burst_is_no_reason_to_lose_a_stream_that_is_read(client, sent):
     assert list(itertools.chain(*reader.turns)) == list(range(30))
 
 
+async def test_nor_is_one_burst_after_the_other(client, sent):
+    with client.admit("a") as job, contextlib.closing(Reader(client, job)) as reader:
+        (stream_id,) = await begun(sent, 1)
+        for burst in range(3):
+            for k in range(10 * burst, 10 * burst + 10):
+                client.publish([token(stream_id, k, FinishReason.STOP if k == 29 else None)])
+            await until(lambda last=k: reader.turns[-1][-1:] == [last])
+        assert reader.is_over
+    assert list(itertools.chain(*reader.turns)) == list(range(30))
+    assert len(sent) == 1
+
+
 async def test_a_stream_that_is_read_too_slowly_does_not_grow(client, sent):
     """Its reader takes one output whenever three have come."""
     with client.admit("a") as job:

@@ -64,7 +64,7 @@ class _Stream:
         self.finished = False  # the last output has arrived: there is nothing left to cancel
         self.failure: WorkerError | None = None  # ends the stream in place of what is buffered
         self.is_ready = False  # in the line of those to be woken
-        self.num_left = 0  # outputs that waited when it was last woken
+        self.num_left = 0  # of the outputs that waited when it was last woken, those that still do
 
 
 class Admission:
@@ -192,6 +192,7 @@ class EngineClient:
                     yield None
                     continue
                 output = outputs.popleft()
+                stream.num_left -= 1
                 if output.tokens or output.finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH):
                     yield output
                 if output.finish_reason is not None:
@@ -267,9 +268,8 @@ class EngineClient:
             while self._ready and room > 0:
                 stream = self._ready.popleft()
                 stream.is_ready = False
-                num_waiting = len(stream.outputs)
-                room -= max(1, num_waiting)
-                if self._max_buffered_outputs <= stream.num_left <= num_waiting:  # a burst alone is no reason
+                room -= max(1, len(stream.outputs))
+                if stream.num_left >= self._max_buffered_outputs:  # a burst alone is no reason
                     unread = Cancelled("the client does not read its answer: too much of it is waiting")
                     self._fail_stream(stream, unread)
                 stream.num_left = len(stream.outputs)
