@@ -165,10 +165,10 @@ class FakeDevice:
                 )
                 copied.token_ids += drawn
         for number in range(max(1, *(copied.row.num_draws for copied in pending.rows), 1)):
-            before = [[list(block) for block in blocks] for blocks in self.cache]
-            for copied in pending.rows:
-                if number < max(1, copied.row.num_draws):
-                    self._compute_row(before, copied, number)
+            rows = [copied for copied in pending.rows if number < max(1, copied.row.num_draws)]
+            computed = [self._compute_row(copied, number) for copied in rows]
+            for copied, entries in zip(rows, computed, strict=True):
+                self._write(copied, number, entries)
         self.drawn = [
             [result.token_id if isinstance(result, SampledToken) else 0 for result in copied.results]
             for copied in pending.rows
@@ -176,18 +176,26 @@ class FakeDevice:
         ]
         return [result for copied in pending.rows for result in copied.results]
 
-    def _compute_row(self, before: list[list[list[bytes | None]]], copied: _Copied, number: int) -> None:
+    def _compute_row(self, copied: _Copied, number: int) -> Entries:
         s, places = copied.row.sequence, copied.places_of(number)
-        entries = self._read(before, copied, places.start)
+        entries = self._read(copied, places.start)
         for position in places:
             compute(entries, position, copied.token_ids[position], self.windows)
+        self._draw(copied, number, entries)
+        return entries
+
+    def _write(self, copied: _Copied, number: int, entries: Entries) -> None:
         for group, stored in enumerate(entries):
-            for position in places:
+            for position in copied.places_of(number):
                 block_id, offset = self._place(copied, group, position)
                 self.cache[group][block_id][offset] = stored[position]
-                self.salts[group, block_id] = s.cache_salt
-        if s.id in self.failing_rows and number + 1 >= copied.row.num_draws:
+                self.salts[group, block_id] = copied.row.sequence.cache_salt
+        if isinstance(copied.results[-1], RowFailure):
             self._spoil(copied)
+
+    def _draw(self, copied: _Copied, number: int, entries: Entries) -> None:
+        s, places = copied.row.sequence, copied.places_of(number)
+        if s.id in self.failing_rows and number + 1 >= copied.row.num_draws:
             copied.results.append(self.failing_rows.pop(s.id))
         elif not copied.row.samples:
             copied.results.append(None)
@@ -197,14 +205,14 @@ class FakeDevice:
             copied.token_ids.append(drawn)
             copied.results.append(SampledToken(drawn))
 
-    def _read(self, before: list[list[list[bytes | None]]], copied: _Copied, start: int) -> Entries:
+    def _read(self, copied: _Copied, start: int) -> Entries:
         """What was computed before and the token at `start` sees."""
         entries: Entries = []
         for group, window in enumerate(self.windows):
             entries.append({})
             for position in range(first_visible(start, window), start):
                 block_id, offset = self._place(copied, group, position)
-                found = before[group][block_id][offset]
+                found = self.cache[group][block_id][offset]
                 assert found is not None, "read of a slot never written"
                 assert self.salts[group, block_id] == copied.row.sequence.cache_salt, (
                     "a block crossed from one salt to another"
