@@ -264,6 +264,18 @@ async def test_a_deadline_ends_the_job(world, events_of, how):
     assert w.count('worker_requests_total{outcome="timeout"}') == 1
 
 
+async def test_a_job_refused_for_its_deadline_header_is_counted(world):
+    w = world()
+    async with w.http() as http:
+        response = await http.post(
+            "/execute", json={"job_id": "j", "prompt": "x"}, headers={"X-Deadline": "soon"}
+        )
+    assert response.status_code == 400
+    assert response.json()["error"]["details"]["param"] == "X-Deadline"
+    assert w.count('worker_requests_total{outcome="rejected"}') == 1
+    assert w.client.num_admitted == 0
+
+
 async def test_the_earlier_deadline_counts(world):
     w = world()
     async with w.http() as http:

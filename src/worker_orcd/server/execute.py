@@ -68,13 +68,10 @@ async def execute(
     body: Annotated[ExecuteRequest, Depends(_read)],
 ) -> Response:
     """Run a job and stream its events."""
-    deadline = deadline_of(
-        body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS, context.clock
-    )
     job = open_job(context, request, body.job_id)
     prompt = _prompt(body)
 
-    async def prepare() -> Plan:
+    async def prepare(deadline: float | None) -> Plan:
         (ids,) = await job.encode(prompt)
         planned = plan(
             context,
@@ -88,7 +85,10 @@ async def execute(
         return planned if body.messages is None else planned.answering_messages()
 
     try:
-        prepared = await (prepare() if is_quick([prompt]) else unless_gone(request, prepare))
+        header = request.headers.get("x-deadline")
+        deadline = deadline_of(body.deadline_ms, header, MAX_DEADLINE_MS, context.clock)
+        work = partial(prepare, deadline)
+        prepared = await (work() if is_quick([prompt]) else unless_gone(request, work))
     except Exception as error:
         job.failed(error)
         raise
