@@ -97,12 +97,12 @@ class Impatient(BoundedProtocol):
 
 
 @contextlib.contextmanager
-def deaf_client(port, body):
+def deaf_client(port, body, **headers):
     """A client that asks and never reads."""
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", port))
-        deaf.sendall(request("/execute", body))
+        deaf.sendall(request("/execute", body, **headers))
         yield
 
 
@@ -126,6 +126,30 @@ async def test_a_client_that_never_reads_loses_its_own_stream_only(world, eventu
             assert w.count('worker_requests_total{outcome="cancelled"}') == 2
         good = await http.post("/execute", json=polite)
         assert [name for name, _ in events_of(good.text)][-1] == "end"
+
+
+async def test_a_client_that_leaves_the_rest_of_its_answer_loses_the_connection(world, eventually):
+    """Too little is left for the server to stop writing, and it closes what it cannot flush."""
+    lost = []
+
+    class Watched(Impatient):
+        stall_seconds = 0.3
+
+        def pause_writing(self):
+            raise AssertionError("the answer is too long for this test")
+
+        def connection_lost(self, exc):
+            lost.append(exc)
+            super().connection_lost(exc)
+
+    w = world()
+    w.protocol = Watched
+    w.engine.answer = lambda _: [*b"a"]
+    body = {"job_id": "deaf", "prompt": "x", "ignore_eos": True, "max_tokens": 60, "logprobs": 20}
+    async with w.listen() as port:
+        with deaf_client(port, body, Connection="close"):
+            await eventually(lambda: w.count('worker_requests_total{outcome="success"}') == 1)
+            await eventually(lambda: lost)
 
 
 async def test_a_slow_reader_gets_every_byte_in_order(world, events_of):

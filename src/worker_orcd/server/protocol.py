@@ -37,6 +37,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -45,6 +46,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer = _cancelled(self._head_timer)
         self._stall_timer = _cancelled(self._stall_timer)
+        self._rest_timer = _cancelled(self._rest_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -89,6 +91,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._stall_timer = _cancelled(self._stall_timer)
         super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._rest_timer is None:
+            self._watch_rest(0)
+
+    def _watch_rest(self, num_before: int) -> None:
+        """See that the peer reads the rest of an answer: it may be too little to pause for, and a connection
+        that is closed stays until it is read.
+        """
+        self._rest_timer = None
+        num_left = self.transport.get_write_buffer_size()
+        if num_left and num_left == num_before:
+            self.transport.abort()
+        elif num_left:
+            self._rest_timer = self.loop.call_later(self.stall_seconds, self._watch_rest, num_left)
 
     def _expect_head(self) -> None:
         self._in_head = True
