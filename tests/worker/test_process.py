@@ -129,6 +129,30 @@ async def test_sigterm_lets_running_jobs_finish(start: Start, monkeypatch: pytes
     assert not running.events("cancel") and not running.events("error")
 
 
+async def test_a_signal_after_a_shutdown_lets_running_jobs_finish(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    """As supervisors do it: ask politely, then send SIGTERM."""
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    go = hold_steps(monkeypatch, after=3)
+    async with start() as running:
+        await running.until_ready()
+        async with running.job("j1", max_tokens=60) as response:
+            events = events_of(response)
+            await first_token(events)
+            assert (await running.client.post("/shutdown")).status_code == 202
+            while (await running.health())["state"] != "draining":
+                await asyncio.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            go.set()
+            left = await rest(events)
+        assert left[-1][0] == "end" and left[-1][1]["tokens_out"] == 60
+        assert await running.exit_code() == 0
+    assert exits == []
+
+
 async def test_what_does_not_finish_in_time_is_cancelled(
     start: Start, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
 ):

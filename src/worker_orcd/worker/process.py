@@ -151,6 +151,7 @@ class Worker:
         self._gpu = GpuWatch(status, narration, open_library)
         self._residency = ResidencyWatch(status, narration, open_probe)
         self._ended: asyncio.Future[int] | None = None
+        self._was_signalled = False  # who asked by POST /shutdown, or sees it fail, may send one as well
         self.is_stuck = False  # a thread did not end when it should
 
     async def run(self) -> int:
@@ -347,9 +348,10 @@ class Worker:
                 self._narration.tell("shutdown", f"{sentence}: shutting down{left}.", running=running)
 
     def _signalled(self, number: signal.Signals) -> None:
-        if self._ended is None or self._ended.done():
+        if self._was_signalled:
             self._narration.tell("shutdown", f"{number.name} again: the worker ends at once.")
             os._exit(128 + number)
+        self._was_signalled = True
         self._end(0, f"{number.name} received")
 
     def _fail(self, error: WorkerError) -> None:
