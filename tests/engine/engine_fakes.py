@@ -177,7 +177,7 @@ class FakeDevice:
         return [result for copied in pending.rows for result in copied.results]
 
     def _compute_row(self, copied: _Copied, number: int) -> Entries:
-        s, places = copied.row.sequence, copied.places_of(number)
+        places = copied.places_of(number)
         entries = self._read(copied, places.start)
         for position in places:
             compute(entries, position, copied.token_ids[position], self.windows)

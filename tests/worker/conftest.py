@@ -24,7 +24,7 @@ from worker_orcd.kernels.cpu.build import LibraryUnavailable, load_library  # no
 from worker_orcd.narration import Narration  # noqa: E402
 from worker_orcd.server.status import Status  # noqa: E402
 from worker_orcd.worker.listening import listen, uri_of  # noqa: E402
-from worker_orcd.worker.process import Worker, model_ref  # noqa: E402
+from worker_orcd.worker.process import Doors, Worker, model_ref  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,7 +67,7 @@ def start(config: WorkerConfig) -> Start:
         narration = Narration(style, stream=log, worker_id=status.worker_id, model_ref=status.model_ref)
         with listen(wanted.server) as listener:
             uri = uri_of(listener, wanted.server)
-            worker = Worker(wanted, status, narration, listener, token, None, **(doors or {}))
+            worker = Worker(wanted, status, narration, listener, token, None, doors=Doors(**(doors or {})))
             task = asyncio.create_task(worker.run())
             async with httpx.AsyncClient(base_url=uri, timeout=60, trust_env=False) as client:
                 running = Running(worker, client, log, task)

@@ -23,6 +23,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,17 @@ def model_ref(model: str) -> str:
     return PurePath(model.removeprefix("file:")).name
 
 
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """What opens NVML and the driver."""
+
+    open_library: OpenNvml = open_nvml
+    open_probe: OpenProbe = DriverProbe
+
+
+_DOORS = Doors()
+
+
 class Worker:
     """Everything, while it lives. All methods run on the event loop but those that say otherwise."""
 
@@ -124,8 +136,7 @@ class Worker:
         token: str | None,
         drawing: Drawing | None,
         *,
-        open_library: OpenNvml = open_nvml,
-        open_probe: OpenProbe = DriverProbe,
+        doors: Doors = _DOORS,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._config = config
@@ -148,8 +159,8 @@ class Worker:
         self.http_config.timeout_graceful_shutdown = int(_CLOSE_SECONDS)
         self._progress: LoadProgress | None = None
         self._session: Session | None = None
-        self._gpu = GpuWatch(status, narration, open_library)
-        self._residency = ResidencyWatch(status, narration, open_probe)
+        self._gpu = GpuWatch(status, narration, doors.open_library)
+        self._residency = ResidencyWatch(status, narration, doors.open_probe)
         self._ended: asyncio.Future[int] | None = None
         self._was_signalled = False  # who asked by POST /shutdown, or sees it fail, may send one as well
         self.is_stuck = False  # a thread did not end when it should
