@@ -100,8 +100,9 @@ def read_ahead(path: Path) -> None:
 
 def imported() -> None:
     """All is there that lives as long as the process: the collector is back, and does not walk that."""
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():  # else a model is loaded once more: nothing has been imported
+        gc.freeze()
+        gc.enable()
 
 
 def import_torch() -> None:

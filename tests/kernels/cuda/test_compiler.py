@@ -136,9 +136,15 @@ def test_what_prepares_is_over_before_a_kernel_is_compiled() -> None:
         return Compiled(kernel, capability)
 
     kernels = Kernels(CPU, 90, compile, prepare=prepare)
+    kernels.prepare()
+    kernels.prepare()
     threading.Timer(0.05, begin.set).start()
     kernels.compile_all([kernel(0), kernel(1)], lambda _done, _all: None)
     assert order == ["prepared", "compiled", "compiled"]
+
+
+def test_nothing_is_prepared_before_a_model_is_loaded() -> None:
+    Kernels(CPU, 90, Compiled, prepare=pytest.fail).compiled(kernel())
 
 
 def test_after_preparing_nothing_is_left_to_import() -> None:

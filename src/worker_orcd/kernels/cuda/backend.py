@@ -158,6 +158,7 @@ class CudaBackend:
 
     def embedding(self, table: Matrix) -> CudaWeight:
         """Raises as `matrix` does. One packed copy serves `embed` and `linear`."""
+        self._kernels.prepare()  # here, where loading begins: planning memory needs no kernel
         try:
             return self._note(self._uploader.weight((table,), packed=True))
         except torch.cuda.OutOfMemoryError as error:

@@ -138,8 +138,8 @@ class Kernels:
         overlap: Overlap = NO_OVERLAP,
         prepare: Callable[[], None] | None = None,
     ) -> None:
-        """`prepare` begins at once, beside whatever comes before the first kernel is compiled."""
-        self._preparation = None if prepare is None else Preparation(prepare)
+        self._prepare = prepare
+        self._preparation: Preparation | None = None
         self.device, self.capability = device, capability
         self.overlap = overlap if capability >= 90 else NO_OVERLAP
         self._compile = compile
@@ -157,6 +157,11 @@ class Kernels:
     def overlap_mode(self, tokens: int) -> int:
         """Of a kernel that is no product, in a step of `tokens`."""
         return self.overlap.mode if tokens <= OVERLAPPING_TOKENS else 0
+
+    def prepare(self) -> None:
+        """Kernels will be compiled: what that needs begins beside whatever comes before the first of them."""
+        if self._prepare is not None and self._preparation is None:
+            self._preparation = Preparation(self._prepare)
 
     def compiled(self, kernel: Kernel) -> Any:
         """Loaded onto the device at its first launch."""
