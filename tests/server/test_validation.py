@@ -115,6 +115,25 @@ def test_every_odd_value_of_the_openai_fields_is_refused_by_name(model, base):
     assert tried > 150
 
 
+@pytest.mark.parametrize("digits", [1, 3, 4, 18, 19, 20, 39, 308, 309, 310, 1000, 4299, 4300, 4301, 20_000])
+@pytest.mark.parametrize("form", ["{}", "-{}", "{}.5", "{}e9", '{{"1": {}}}', "[{}]", "[[{}]]"])
+async def test_numbers_of_any_length_are_a_callers_mistake(world, digits, form):
+    """Also those that no float, or no integer of Python, can hold."""
+    value = form.format("9" * digits)
+    w = world()
+    w.engine.step_seconds = 0.0
+    fields = [*NUMBERS, *OTHERS, "unknown"]
+    async with w.http() as http:
+        for field in fields:
+            for path, base in (
+                ("/execute", {"job_id": "j", "prompt": "x"}),
+                ("/v1/completions", {"prompt": "x"}),
+            ):
+                response = await post(http, path, with_field(base, field, value))
+                assert response.status_code in (200, 400), (path, field, response.text)
+    assert w.client.num_admitted == 0
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -6,7 +6,6 @@ vocabulary or the context length are made in `server.prompt`.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -51,7 +50,7 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
             raise problem
         if isinstance(bias, bool) or not isinstance(bias, int | float):
             raise problem
-        if not (math.isfinite(bias) and -100 <= bias <= 100):
+        if not -100 <= bias <= 100:  # NaN is not; math.isfinite fails for the largest integers
             raise problem
         biases[int(token)] = float(bias)
     return tuple(sorted(biases.items()))
