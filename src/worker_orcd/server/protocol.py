@@ -1,14 +1,23 @@
 """HTTP/1.1 connections with every wait and every buffer bounded, on top of uvicorn's.
 
 uvicorn's fast parser bounds neither the head of a request nor the time a peer takes to send one or to read an
-answer. Here a head is at most `MAX_HEAD_BYTES` and `HEAD_SECONDS`, and a peer that reads nothing for
-`STALL_SECONDS` while data waits for it loses the connection (which cancels its request). How long a body may
-take is bounded where it is read, in `server.body`.
+answer. Here:
+
+* A head is at most `MAX_HEAD_BYTES` and `HEAD_SECONDS`; so much may stand between and behind chunks, too.
+* A peer that reads nothing for `STALL_SECONDS` while data waits for it loses the connection (which cancels
+  its request), and so does one that leaves the end of an answer lying for as long.
+* How long a body may take is bounded where it is read, in `server.body`, and where it comes after its answer
+  (which said no), here.
+* One request at a time: who sends more than that gets the answer to the first and `connection: close`.
+  uvicorn would keep any number of requests behind one, and not notice that their client has gone.
+* What stands behind a chunked body (trailers) is no header: whoever looked at the headers did not see it.
+* There are only so many connections: files stay free for what the worker opens itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any
 
 import uvicorn
@@ -16,48 +25,69 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from worker_orcd.config import ServerConfig
+from worker_orcd.server.body import BODY_SECONDS
 from worker_orcd.server.sse import BODY_WRITER
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers
 HEAD_SECONDS = 10.0
 STALL_SECONDS = 30.0
+MOST_CONNECTIONS = 16384
+
+
+def connections_at_most() -> int:
+    """Three quarters of the files that this process may open, and never more than `MOST_CONNECTIONS`."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(16, min(MOST_CONNECTIONS, files * 3 // 4 - 32))
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Runs on the event loop, as all of uvicorn does."""
 
     max_head_bytes = MAX_HEAD_BYTES
+    max_connections = connections_at_most()
     head_seconds = HEAD_SECONDS
+    body_seconds = BODY_SECONDS
     stall_seconds = STALL_SECONDS
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._head_bytes = 0  # parsed of the head that is being read
-        self._unparsed_bytes = 0  # received since the last head was complete, while a head is being read
+        self._head_bytes = 0  # parsed of the head, or of the trailers, that are being read
+        self._unparsed_bytes = 0  # received since something of known use was complete
         self._in_head = True
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._in_message = False
+        self._is_deaf = False  # what else comes is thrown away; that the peer hangs up is still noticed
+        self._timer: asyncio.TimerHandle | None = None  # for the peer to send what it has begun to send
         self._stall_timer: asyncio.TimerHandle | None = None
         self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self._expect_head()
+        if len(self.connections) > self.max_connections:
+            self._refuse("503 Service Unavailable", "QUEUE_FULL", "there are too many connections")
+        else:
+            self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = _cancelled(self._head_timer)
+        self._timer = _cancelled(self._timer)
         self._stall_timer = _cancelled(self._stall_timer)
         self._rest_timer = _cancelled(self._rest_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._unparsed_bytes += len(data)
+        if self._is_deaf:
+            return
+        self._unparsed_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._unparsed_bytes > self.max_head_bytes and not self.transport.is_closing():
+        if self._unparsed_bytes > self.max_head_bytes and not self.transport.is_closing():
             self._refuse_head()
 
     def on_message_begin(self) -> None:
+        if self._is_answering:
+            raise ValueError("a request before the answer to the last")  # see send_400_response
         super().on_message_begin()
+        self._in_message = True
         if not self._in_head:  # a later request on the same connection
             self._expect_head()
 
@@ -67,35 +97,53 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value) + 4)
-        super().on_header(name, value)
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._head_bytes = self._unparsed_bytes = 0
-        self._head_timer = _cancelled(self._head_timer)
+        self._timer = _cancelled(self._timer)
         super().on_headers_complete()
         writer: Any = ChunkWriter(self.cycle)
         self.cycle.scope["extensions"] = {BODY_WRITER: writer}  # the request's task has not begun yet
 
+    def on_body(self, body: bytes) -> None:
+        self._unparsed_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._head_bytes = self._unparsed_bytes = 0
+        if self.cycle.response_complete:  # the timer was for the rest of its body
+            self._timer = _cancelled(self._timer)
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_message:
+            self._timer = _cancelled(self._timer)
+            self._timer = self.loop.call_later(self.body_seconds, self.transport.abort)
+        if self._rest_timer is None:
+            self._watch_rest(0)
+
     def send_400_response(self, msg: str) -> None:
-        if self._head_bytes > self.max_head_bytes:
+        if self._is_answering:  # it is not about the request that is being answered
+            self._is_deaf = True
+            self.cycle.keep_alive = False
+        elif self._head_bytes > self.max_head_bytes:
             self._refuse_head()
         else:
             super().send_400_response(msg)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._stall_timer is None:
-            self._stall_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
+        self._stall_timer = _cancelled(self._stall_timer)
+        self._stall_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._stall_timer = _cancelled(self._stall_timer)
         super().resume_writing()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._rest_timer is None:
-            self._watch_rest(0)
 
     def _watch_rest(self, num_before: int) -> None:
         """See that the peer reads the rest of an answer: it may be too little to pause for, and a connection
@@ -108,23 +156,37 @@ class BoundedProtocol(HttpToolsProtocol):
         elif num_left:
             self._rest_timer = self.loop.call_later(self.stall_seconds, self._watch_rest, num_left)
 
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a request has been read to its end, and its answer has not been written yet."""
+        return not self._in_message and self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
+
     def _expect_head(self) -> None:
         self._in_head = True
-        self._head_timer = _cancelled(self._head_timer)
-        self._head_timer = self.loop.call_later(self.head_seconds, self.transport.close)
+        self._timer = _cancelled(self._timer)
+        self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
 
     def _count(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
         if self._head_bytes > self.max_head_bytes:
-            raise ValueError(
-                "the head of the request is too large"
-            )  # the parser stops; see send_400_response
+            # the parser stops; see send_400_response
+            raise ValueError("the head of the request is too large")
 
     def _refuse_head(self) -> None:
-        message = f"the headers are larger than {self.max_head_bytes} bytes"
-        body = f'{{"error":{{"code":"INVALID_REQUEST","message":"{message}"}}}}'
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
+            self.transport.abort()  # another status would become a part of that answer
+            return
+        self._refuse(
+            "431 Request Header Fields Too Large",
+            "INVALID_REQUEST",
+            f"the headers are larger than {self.max_head_bytes} bytes",
+        )
+
+    def _refuse(self, status: str, code: str, message: str) -> None:
+        self._is_deaf = True
+        body = f'{{"error":{{"code":"{code}","message":"{message}"}}}}'
         self.transport.write(
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n".encode()
             + f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
         )
         self.transport.close()
