@@ -42,7 +42,8 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    api_key: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)  # or several, one a line
+    admin_key: str | None = field(default=None, repr=False)  # None: see `server.auth`
     max_queue: int = 256  # requests waiting or running; one more gets QUEUE_FULL
     max_body_bytes: int = 8 << 20
     max_prompt_chars: int = 4 << 20

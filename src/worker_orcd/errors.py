@@ -17,6 +17,7 @@ Everything that can go wrong, by whose move comes next.
     - UnknownModel
     - PayloadTooLarge
   - Unauthorized         the caller must present a (different) credential
+    - Forbidden
   - Unavailable          the caller may try again after `retry_after` seconds
     - QueueFull
     - Draining
@@ -102,6 +103,9 @@ class PayloadTooLarge(RequestError): ...
 
 class Unauthorized(WorkerError):
     code = "UNAUTHORIZED"
+
+
+class Forbidden(Unauthorized): ...
 
 
 class Unavailable(WorkerError):

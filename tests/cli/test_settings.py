@@ -200,31 +200,58 @@ def test_listening_on_this_machine_needs_none(host: str) -> None:
 def test_a_key_comes_from_a_file_without_its_newline(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("s3cret\n")
-    config, _ = load_config({"model": "demo"}, api_key_file=file)
+    config, _ = load_config({"model": "demo"}, key_files={"api_key": file})
     assert config.server.api_key == "s3cret"
     assert "s3cret" not in repr(config)
 
 
 @pytest.mark.parametrize("key", ["", "with space", "ümlaut", "x" * 513])
 @pytest.mark.parametrize("source", ["environment", "file", "toml"])
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
 def test_a_bad_key_is_refused_and_never_repeated(
-    key: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, key: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {}
     if source == "environment":
-        monkeypatch.setenv(PREFIX + "API_KEY", key)
+        monkeypatch.setenv(PREFIX + name.upper(), key)
     elif source == "file":
-        options["api_key_file"] = tmp_path / "key"
-        options["api_key_file"].write_text(key)
+        file = tmp_path / "key"
+        file.write_text(key)
+        options["key_files"] = {name: file}
     else:
-        options["config_file"] = toml(tmp_path, f'api_key = "{key}"')
+        options["config_file"] = toml(tmp_path, f'{name} = "{key}"')
     message = refusal({"model": "demo"}, **options)
-    assert message.startswith("api_key (from ")
+    assert message.startswith(f"{name} (from ")
     assert not key or key not in message
 
 
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65])
+def test_keys_of_several_clients_are_lines(count: int, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("\r\n\n".join(f" key{k} " for k in range(count)) + "\n")
+    if count > 64:
+        assert refusal({"model": "demo"}, key_files={"api_key": file}).startswith(
+            "api_key (from --api-key-file)"
+        )
+        return
+    config, _ = load_config({"model": "demo"}, key_files={"api_key": file})
+    assert config.server.api_key == "\n".join(f"key{k}" for k in range(count))
+
+
+def test_there_is_one_admin_and_no_client_is_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a\nb\n")
+    assert refusal({"model": "demo"}, key_files={"admin_key": file}).startswith("admin_key (from ")
+    monkeypatch.setenv(PREFIX + "ADMIN_KEY", "b")
+    assert "admin_key is one of api_key" in refusal({"model": "demo"}, key_files={"api_key": file})
+    monkeypatch.setenv(PREFIX + "ADMIN_KEY", "c")
+    config, _ = load_config({"model": "demo"}, key_files={"api_key": file})
+    assert config.server.admin_key == "c"
+    assert refusal({"model": "demo", "host": "0.0.0.0"})  # an admin key alone keeps nobody out
+
+
 def test_a_key_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "--api-key-file" in refusal({"model": "demo"}, api_key_file=tmp_path / "none")
+    assert "--api-key-file" in refusal({"model": "demo"}, key_files={"api_key": tmp_path / "none"})
 
 
 # -- contradictions --------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import re
 import pytest
 from starlette.routing import Route
 
+from worker_orcd.config import ServerConfig
 from worker_orcd.errors import (
     Cancelled,
     DeadlineExceeded,
     DeviceError,
     Draining,
     DuplicateJob,
+    Forbidden,
     InsufficientMemory,
     Internal,
     InvalidModelFile,
@@ -124,15 +126,15 @@ def test_keys_are_compared_as_digests_in_constant_time(monkeypatch):
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: bool(seen.append((a, b))))
     request = type("R", (), {"headers": type("H", (), {"getlist": lambda *_: ["Bearer long" * 50]})()})()
     with pytest.raises(Unauthorized):
-        asyncio.run(BearerToken("short")(request))
-    assert [len(digest) for digest in seen[0]] == [32, 32]
+        asyncio.run(BearerToken(ServerConfig(api_key="short\nlonger", admin_key="x"))(request))
+    assert [[len(digest) for digest in pair] for pair in seen] == [[32, 32]] * 3
 
 
 def test_caches_of_different_keys_and_salts_are_separate():
-    salts = [cache_salt(key, asked) for key in (None, "a", "b") for asked in ("", "x", "y")]
+    salts = [cache_salt(key, asked) for key in (b"", b"a", b"b") for asked in ("", "x", "y")]
     assert len(set(salts)) == 9
-    assert cache_salt("a", "x") == cache_salt("a", "x")
-    assert cache_salt(None, "") == b""
+    assert cache_salt(b"a", "x") == cache_salt(b"a", "x")
+    assert cache_salt(b"", "") == b""
 
 
 async def send_raw(port, *lines):
@@ -315,6 +317,7 @@ ERRORS = [
     (UnknownModel("x"), 404, "INVALID_REQUEST"),
     (PayloadTooLarge("x"), 413, "INVALID_REQUEST"),
     (Unauthorized("x"), 401, "UNAUTHORIZED"),
+    (Forbidden("x"), 403, "UNAUTHORIZED"),
     (QueueFull("x"), 503, "QUEUE_FULL"),
     (Draining("x"), 503, "DRAINING"),
     (NotReady("x"), 503, "NOT_READY"),

@@ -22,25 +22,40 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="holds the bearer token that clients must present", metavar="FILE", show_default=False
+            help="holds the bearer tokens that clients must present, one a line",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="holds the bearer token for /shutdown and for cancelling anybody's job",
+            metavar="FILE",
+            show_default=False,
         ),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="listen beyond this machine without an API key")
     ] = False,
     api_key: Annotated[str | None, typer.Option("--api-key", hidden=True)] = None,
+    admin_key: Annotated[str | None, typer.Option("--admin-key", hidden=True)] = None,
 ) -> None:
     """Load a model and serve it over HTTP.
 
     Until SIGTERM or Ctrl-C; running requests get the grace period to finish.
     """
-    if api_key is not None:  # known only to be refused with a reason
-        raise InvalidConfiguration(
-            "--api-key: keys on a command line are visible to everybody on the machine; "
-            "use WORKER_ORCD_API_KEY or --api-key-file"
-        )
+    for name, key in (("api", api_key), ("admin", admin_key)):
+        if key is not None:  # known only to be refused with a reason
+            raise InvalidConfiguration(
+                f"--{name}-key: keys on a command line are visible to everybody on the machine; "
+                f"use WORKER_ORCD_{name.upper()}_KEY or --{name}-key-file"
+            )
     settings, warnings = load_config(
-        with_model(given, named), config_file=config, api_key_file=api_key_file, insecure=insecure
+        with_model(given, named),
+        config_file=config,
+        key_files={"api_key": api_key_file, "admin_key": admin_key_file},
+        insecure=insecure,
     )
     warn_all(warnings)
     server = settings.server

@@ -149,7 +149,14 @@ class Settings(BaseSettings):
     port: int = _setting("server.port", "port to listen on (0: any free one)", ge=0, le=65535)
     api_key: str | None = _setting(
         "server.api_key",
-        "the bearer token that clients must present",
+        "the bearer token that clients must present, or up to 64 of them, one a line",
+        allowed="1 to 512 printable ASCII characters without spaces",
+        secret=True,
+        pattern=r"^[!-~]{1,512}(\n[!-~]{1,512}){0,63}$",
+    )
+    admin_key: str | None = _setting(
+        "server.admin_key",
+        "the bearer token for /shutdown and for cancelling anybody's job",
         allowed="1 to 512 printable ASCII characters without spaces",
         secret=True,
         pattern=r"^[!-~]{1,512}$",
@@ -233,19 +240,19 @@ def load_config(
     given: Mapping[str, Any],
     *,
     config_file: Path | None = None,
-    api_key_file: Path | None = None,
+    key_files: Mapping[str, Path | None] | None = None,
     insecure: bool = False,
 ) -> tuple[WorkerConfig, list[str]]:
     """The configuration, and warnings to print.
 
-    `given` are the settings of the command line by name. Raises InvalidConfiguration.
+    `given` are the settings of the command line by name, `key_files` hold `api_key` and `admin_key`. Raises
+    InvalidConfiguration.
     """
     if config_file is None and os.environ.get(PREFIX + "CONFIG"):
         config_file = Path(os.environ[PREFIX + "CONFIG"])
     in_file = _read_toml(config_file) if config_file is not None else {}
-    values = dict(given)
-    if api_key_file is not None:
-        values["api_key"] = _read_secret(api_key_file, "api_key_file")
+    secrets = {name: _read_secret(file, name) for name, file in (key_files or {}).items() if file is not None}
+    values: dict[str, Any] = {**given, **secrets}
 
     class Sourced(Settings):
         model_config = SettingsConfigDict(toml_file=config_file)
@@ -253,7 +260,7 @@ def load_config(
     try:
         settings = Sourced(**values)
     except ValidationError as error:
-        raise InvalidConfiguration(_explain(error, given, in_file, api_key_file is not None)) from None
+        raise InvalidConfiguration(_explain(error, given, in_file, secrets)) from None
     config = _assemble(settings)
     _refuse_contradictions(config, insecure)
     return config, _unknown_variables(os.environ)
@@ -347,10 +354,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _read_secret(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return "\n".join(line.strip() for line in lines if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InvalidConfiguration(f"--{name.replace('_', '-')} {path}: {reason}") from None
+        raise InvalidConfiguration(f"--{name.replace('_', '-')}-file {path}: {reason}") from None
 
 
 def _suggestion(name: str, form: str = "{}") -> str:
@@ -371,7 +379,7 @@ def _unknown_variables(environ: Iterable[str]) -> list[str]:
 
 
 def _explain(
-    error: ValidationError, given: Mapping[str, Any], in_file: Mapping[str, Any], key_from_file: bool
+    error: ValidationError, given: Mapping[str, Any], in_file: Mapping[str, Any], secrets: Mapping[str, str]
 ) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
     name = str(problem["loc"][0])
@@ -381,8 +389,8 @@ def _explain(
         return f"{name} is missing: give {flag}, {PREFIX}{name.upper()} or {name} in the --config file"
     if name in given:
         source, found = flag, given[name]
-    elif name == "api_key" and key_from_file:
-        source, found = "--api-key-file", ""
+    elif name in secrets:
+        source, found = f"{flag}-file", ""
     elif (variable := _variable(name)) is not None:
         source, found = variable, os.environ[variable]
     else:
@@ -403,6 +411,8 @@ def _refuse_contradictions(config: WorkerConfig, insecure: bool) -> None:
             f"host: found {server.host!r}, which other machines can reach, and no api_key; set "
             f"{PREFIX}API_KEY or --api-key-file, or say --insecure"
         )
+    if server.admin_key is not None and server.admin_key in (server.api_key or "").split("\n"):
+        raise InvalidConfiguration("admin_key is one of api_key: whoever has that would be an admin")
     if config.callback.token_file is not None and config.callback.url is None:
         raise InvalidConfiguration("callback_token_file is set and callback_url is not")
     if config.engine.max_model_len is not None and config.engine.block_size > config.engine.max_model_len:

@@ -46,7 +46,7 @@ def create_app(
     `request_shutdown` is called on the loop by POST /shutdown and must return at once; whoever gave it drains
     (`Status.begin_drain`, `EngineClient.wait_idle`, `EngineClient.cancel_all`) and stops the server.
     """
-    token = BearerToken(config.api_key)
+    token = BearerToken(config)
     app = FastAPI(
         title="worker-orcd",
         version=VERSION,

@@ -70,8 +70,9 @@ class _Stream:
 class Admission:
     """A request's place in the queue; give it back by leaving the `with` block."""
 
-    def __init__(self, client: EngineClient, job_id: str, num_sequences: int) -> None:
+    def __init__(self, client: EngineClient, job_id: str, owner: bytes, num_sequences: int) -> None:
         self.job_id = job_id
+        self.owner = owner
         self.num_sequences = num_sequences
         self.failure: WorkerError | None = None  # cancelled, perhaps before a sequence exists
         self.stream_ids: set[int] = set()
@@ -109,7 +110,7 @@ class EngineClient:
         self._streams: dict[int, _Stream] = {}
         self._ready: deque[_Stream] = deque()  # they have news and are to be woken
         self._is_waking = False  # somebody is at work on `_ready`, or will be in the next turn of the loop
-        self._jobs: dict[str, Admission] = {}
+        self._jobs: dict[tuple[bytes, str], Admission] = {}  # by owner and job_id
         self._num_admitted = 0
         self._draining = False
         self._failure: WorkerError | None = None
@@ -129,8 +130,9 @@ class EngineClient:
     def is_full(self) -> bool:
         return self._num_admitted >= self._max_queue
 
-    def admit(self, job_id: str, *, num_sequences: int = 1) -> Admission:
+    def admit(self, job_id: str, *, owner: bytes = b"", num_sequences: int = 1) -> Admission:
         """Take a place for a request that will run `num_sequences` sequences. Use as a context manager.
+        `owner`: who asks; each has job_ids of its own.
 
         Raises DuplicateJob, QueueFull, Draining, the failure of the engine, or InvalidParameter when the
         request could never be admitted.
@@ -139,7 +141,7 @@ class EngineClient:
             raise self._failure
         if self._draining:
             raise Draining("the worker is shutting down and takes no new jobs", retry_after=5)
-        if job_id in self._jobs:
+        if (owner, job_id) in self._jobs:
             raise DuplicateJob(f"job_id {job_id!r} is already waiting or running", param="job_id")
         if num_sequences > self._max_queue:
             raise InvalidParameter(
@@ -151,18 +153,19 @@ class EngineClient:
                 f"the queue is full: {self._num_admitted} sequences waiting or running,"
                 f" {num_sequences} more asked for, at most {self._max_queue} allowed"
             )
-        admission = Admission(self, job_id, num_sequences)
-        self._jobs[job_id] = admission
+        admission = Admission(self, job_id, owner, num_sequences)
+        self._jobs[owner, job_id] = admission
         self._num_admitted += num_sequences
         self._idle.clear()
         return admission
 
     def release(self, admission: Admission) -> None:
         """Give a place back. Called by the admission; a second call does nothing."""
-        if self._jobs.get(admission.job_id) is not admission:
+        key = (admission.owner, admission.job_id)
+        if self._jobs.get(key) is not admission:
             return
         self._fail_job(admission, Cancelled("the request is over"))
-        del self._jobs[admission.job_id]
+        del self._jobs[key]
         self._num_admitted -= admission.num_sequences
         if not self._jobs:
             self._idle.set()
@@ -202,13 +205,18 @@ class EngineClient:
             self._cancel_stream(stream_id)
             admission.stream_ids.discard(stream_id)
 
-    def cancel(self, job_id: str, *, reason: str = "the job was cancelled") -> bool:
-        """End a job's streams with Cancelled. False when there is no such job: cancelling is idempotent."""
-        admission = self._jobs.get(job_id)
-        if admission is None:
-            return False
-        self._fail_job(admission, Cancelled(reason))
-        return True
+    def cancel(
+        self, job_id: str, *, owner: bytes | None = None, reason: str = "the job was cancelled"
+    ) -> bool:
+        """End a job's streams with Cancelled. False when there is no such job: cancelling is idempotent.
+
+        `owner` None: whose ever it is.
+        """
+        owners = [owner] if owner is not None else [key[0] for key in self._jobs if key[1] == job_id]
+        found = [job for one in owners if (job := self._jobs.get((one, job_id))) is not None]
+        for admission in found:
+            self._fail_job(admission, Cancelled(reason))
+        return bool(found)
 
     def cancel_all(self, *, reason: str = "the worker is shutting down") -> None:
         """End every job with Draining: nobody asked for its end, and another worker can do it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from worker_orcd.server.auth import admins_only
 from worker_orcd.server.context import Context, ContextOf
 from worker_orcd.server.failures import failure_of
 from worker_orcd.server.json import JSON
@@ -53,7 +54,7 @@ async def metrics(context: ContextOf) -> Response:
     return Response(context.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
-@router.post("/shutdown", status_code=202)
+@router.post("/shutdown", status_code=202, dependencies=[Depends(admins_only)])
 async def shutdown(context: ContextOf) -> JSON:
     """Refuse new jobs, finish the running ones within the grace period, exit 0."""
     context.request_shutdown()

@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from worker_orcd.server.answer import Answer, Piece
+from worker_orcd.server.auth import caller_of
 from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
 from worker_orcd.server.direct import DirectRoute
@@ -74,10 +75,10 @@ async def execute(
     async def prepare(deadline: float | None) -> Plan:
         (ids,) = await job.encode(prompt)
         planned = plan(
-            context,
             job.serving,
             body,
             ids,
+            identity=job.identity,
             max_tokens=body.max_tokens,
             logprobs=body.logprobs,
             deadline=deadline,
@@ -102,11 +103,15 @@ DIRECT = {"/execute": DirectRoute(_read, execute)}
 
 @router.post("/cancel", status_code=202, openapi_extra=describes(CancelRequest))
 async def cancel(
-    context: ContextOf, body: Annotated[CancelRequest, Depends(json_body(CancelRequest))]
+    request: Request, context: ContextOf, body: Annotated[CancelRequest, Depends(json_body(CancelRequest))]
 ) -> JSON:
-    """End a job. Always 202: a job that is over, or never was, is as cancelled as can be."""
-    serving = context.status.serving
-    found = serving is not None and serving.client.cancel(body.job_id)
+    """End a job. Always 202: a job that is over, or never was, is as cancelled as can be.
+
+    That of another key is one that never was, but for an admin.
+    """
+    serving, caller = context.status.serving, caller_of(request)
+    owner = None if caller.is_admin else caller.identity
+    found = serving is not None and serving.client.cancel(body.job_id, owner=owner)
     return JSON({"job_id": body.job_id, "running": found}, status=202)
 
 

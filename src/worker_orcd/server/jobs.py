@@ -26,6 +26,7 @@ from worker_orcd.errors import (
 )
 from worker_orcd.narration import Event
 from worker_orcd.server.answer import Answer, Piece
+from worker_orcd.server.auth import caller_of
 from worker_orcd.server.client import Admission
 from worker_orcd.server.context import Context
 from worker_orcd.server.edge import attached
@@ -43,6 +44,7 @@ class Job:
         self.serving = serving
         self.job_id = admission.job_id
         self.correlation_id = correlation_id
+        self.identity = admission.owner  # of the caller
         self._name = admission.job_id if admission.job_id.isprintable() else ascii(admission.job_id)
         self.received_at = context.clock()
         self._admission = admission
@@ -177,7 +179,9 @@ def open_job(context: Context, request: Request, job_id: str, *, num_sequences: 
     known = attached(request)
     try:
         serving = context.status.require_serving()
-        admission = serving.client.admit(job_id, num_sequences=num_sequences)
+        admission = serving.client.admit(
+            job_id, owner=caller_of(request).identity, num_sequences=num_sequences
+        )
     except (DuplicateJob, RequestError, Unavailable, LoadError):
         context.metrics.request_ended("rejected")
         raise

@@ -112,17 +112,17 @@ def _require_tokens(ids: Sequence[int], serving: Serving, param: str) -> None:
 
 
 def plan(
-    context: Context,
     serving: Serving,
     sampling: Sampling,
     prompt_token_ids: tuple[int, ...],
     *,
+    identity: bytes,
     max_tokens: int | None,
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
     logprobs: int | None = None,
     deadline: float | None = None,
 ) -> Plan:
-    """What to submit for this request. `default_max_tokens` None: as much as the context holds.
+    """What to submit for this request of `identity`. `default_max_tokens` None: as much as the context holds.
 
     Raises ContextLengthExceeded with the numbers, InvalidParameter for ids outside the vocabulary.
     """
@@ -147,7 +147,7 @@ def plan(
         min_tokens=sampling.min_tokens,
         priority=sampling.priority,
         deadline=deadline,
-        cache_salt=cache_salt(context.config.api_key, sampling.cache_salt or ""),
+        cache_salt=cache_salt(identity, sampling.cache_salt or ""),
     )
     return Plan(generation=generation, stop=sampling.stop, end_ids=end_ids)
 

@@ -104,10 +104,10 @@ async def chat_completions(
         prompt = Prompt(param="messages", messages=body.messages, template_fields=body.template_fields)
         (ids,) = await job.encode(prompt)
         planned = plan(
-            context,
             job.serving,
             body.sampling,
             ids,
+            identity=job.identity,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             default_max_tokens=None,
             logprobs=body.num_logprobs,

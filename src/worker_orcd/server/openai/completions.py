@@ -72,10 +72,10 @@ async def completions(
     async def prepare() -> list[Choice]:
         plans = [
             plan(
-                context,
                 job.serving,
                 body.sampling,
                 ids,
+                identity=job.identity,
                 max_tokens=body.max_tokens,
                 default_max_tokens=DEFAULT_COMPLETION_TOKENS,
                 logprobs=body.logprobs,
