@@ -128,14 +128,19 @@ class Message(Wire):
 
     @property
     def num_chars(self) -> int:
-        return len(self.content) + len(self.reasoning)
+        """Of all that a chat template sees."""
+        return len(self.content) + len(self.reasoning) + len(self.name)
+
+    @property
+    def name(self) -> str:
+        name = (self.model_extra or {}).get("name")
+        return name if isinstance(name, str) else ""
 
     def for_template(self) -> dict[str, str]:
         """What a chat template sees. Models know no `developer`: it is OpenAI's newer name for `system`."""
         seen = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        name = (self.model_extra or {}).get("name")
-        if isinstance(name, str):
-            seen["name"] = name
+        if self.name:
+            seen["name"] = self.name
         if self.reasoning:  # gpt-oss' template calls it thinking, Qwen3's reasoning_content
             seen |= {"thinking": self.reasoning, "reasoning_content": self.reasoning}
         return seen
