@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from worker_orcd.narration import Event, Narration
+from worker_orcd.narration import Event, Narration, Style
 
 SECRET = "the prompt nobody may read: Überraschung \U0001f600"
 
@@ -160,3 +160,15 @@ def test_lines_of_several_threads_do_not_mix():
         thread.join()
     sentences = [json.loads(line)["sentence"] for line in stream.getvalue().splitlines()]
     assert sorted(sentences) == sorted(f"{n} {i}" for n in range(8) for i in range(50))
+
+
+@pytest.mark.parametrize(
+    "odd", ["\x1b[31m", "\x9b31m", "\u202e", "\u2028", "\u2066", "a\nb", "\r", "\x7f", "\x00"]
+)
+@pytest.mark.parametrize("style", ["json", "pretty"])
+def test_what_a_caller_wrote_cannot_write_to_a_terminal(odd: str, style: Style):
+    out = io.StringIO()
+    Narration(style, stream=out).tell("execute_end", "Done.", job_id=f"x{odd}y")
+    (line,) = out.getvalue().split("\n")[:-1]
+    assert line.isprintable()
+    assert style == "pretty" or json.loads(line)["job_id"] == f"x{odd}y"

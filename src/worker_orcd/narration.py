@@ -13,6 +13,8 @@ The events of a worker's life, each one line: a sentence for people and fields f
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, Literal, TextIO
@@ -45,6 +47,8 @@ _LEVELS: dict[Event, str] = {  # all others are information
     "warning": "warning",
 }
 _DIGEST_CHARS = 12
+# What JSON may hold as it is, but a terminal obeys and some readers take for the end of a line.
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class _Stderr:
@@ -163,7 +167,7 @@ def _processors(*, pretty: bool, colours: bool) -> list[Any]:
         stamp,
         structlog.processors.format_exc_info,
         _ordered,
-        structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+        structlog.processors.JSONRenderer(serializer=_json_line, ensure_ascii=False, default=str),
     ]
 
 
@@ -177,4 +181,11 @@ def _sentence_first(_logger: object, _method: str, event: dict[str, Any]) -> dic
     for name in ("worker_id", "model_ref", "device"):
         event.pop(name, None)
     event["event"] = event.pop("sentence")
+    for name, value in event.items():  # what a caller wrote is shown to a terminal, not obeyed by it
+        if isinstance(value, str) and not value.isprintable():
+            event[name] = ascii(value)[1:-1]
     return event
+
+
+def _json_line(event: object, **options: Any) -> str:
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(event, **options))
