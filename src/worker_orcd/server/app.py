@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from starlette.datastructures import Headers
@@ -22,7 +23,7 @@ from worker_orcd.server.auth import BearerToken
 from worker_orcd.server.context import MAX_BODIES, MAX_TEXT_THREADS, BodyBudget, Context
 from worker_orcd.server.direct import DirectRoutes
 from worker_orcd.server.edge import Edge, attached, error_response
-from worker_orcd.server.failures import ERROR_RESPONSE
+from worker_orcd.server.failures import ANYWHERE, ERROR_RESPONSE
 from worker_orcd.server.metrics import Metrics
 from worker_orcd.server.openai import chat, completions, models
 from worker_orcd.server.status import Status
@@ -55,8 +56,9 @@ def create_app(
         redoc_url=None,
         openapi_url=None if config.api_key is not None else "/openapi.json",
         redirect_slashes=False,
-        responses={"4XX": ERROR_RESPONSE, "5XX": ERROR_RESPONSE},
+        responses=dict[int | str, dict[str, Any]](dict.fromkeys(ANYWHERE, ERROR_RESPONSE)),
     )
+    app.openapi = _without_422(app.openapi)
     context = app.state.context = Context(
         config=config,
         status=status,
@@ -76,6 +78,19 @@ def create_app(
     app.add_middleware(DirectRoutes, routes=direct, token=token, context=context)
     app.add_middleware(Edge, config=config, narration=narration)
     return app
+
+
+def _without_422(document: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """FastAPI says that every route with a parameter may answer so; ours never do."""
+
+    def openapi() -> dict[str, Any]:
+        made = document()
+        for operations in made["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return made
+
+    return openapi
 
 
 async def _told(request: Request, error: Exception) -> Response:

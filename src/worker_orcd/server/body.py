@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from worker_orcd.errors import Cancelled, InvalidParameter, PayloadTooLarge, QueueFull
 from worker_orcd.server.context import Context, ContextOf
 from worker_orcd.server.edge import attached
+from worker_orcd.server.failures import ERROR_RESPONSE, WITH_BODY
 
 BODY_SECONDS = 30.0  # for a client to send its body
 _MAX_SHOWN = 80  # characters of a value in a message
@@ -54,8 +55,10 @@ def json_body(model: type[M], *, may_be_rejected_job: bool = False) -> Callable[
     return read
 
 
-def describes(model: type[Wire]) -> dict[str, Any]:
-    """For `openapi_extra`: the request body as a schema without references."""
+def describes(model: type[Wire], *statuses: int) -> dict[str, Any]:
+    """For `openapi_extra`: the request body as a schema without references, and errors with these statuses
+    besides those of every route with a body.
+    """
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
     if not model.null_is_absent:
@@ -64,7 +67,8 @@ def describes(model: type[Wire]) -> dict[str, Any]:
                 field["anyOf"] = [kind for kind in field["anyOf"] if kind != {"type": "null"}]
                 field.pop("default", None)
     content = {"application/json": {"schema": _inlined(schema, definitions)}}
-    return {"requestBody": {"required": True, "content": content}}
+    responses = {str(status): ERROR_RESPONSE for status in (*WITH_BODY, *statuses)}
+    return {"requestBody": {"required": True, "content": content}, "responses": responses}
 
 
 def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:

@@ -33,7 +33,7 @@ async def root(context: ContextOf) -> JSON:
     return JSON({"name": "worker-orcd", "version": VERSION, **shown, **docs})
 
 
-@router.get("/health")
+@router.get("/health", responses={503: {"description": "the same facts: the worker has failed"}})
 async def health(context: ContextOf) -> JSON:
     """Facts and state; 503 once the worker has failed, or its memory is where it must not be."""
     body = health_body(context)

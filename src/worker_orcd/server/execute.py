@@ -23,7 +23,7 @@ from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
 from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
-from worker_orcd.server.failures import failure_of
+from worker_orcd.server.failures import OF_JOBS, failure_of
 from worker_orcd.server.jobs import Job, open_job
 from worker_orcd.server.json import JSON
 from worker_orcd.server.prompt import Plan, Prompt, deadline_of, is_quick, plan
@@ -60,7 +60,7 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
 
 @router.post(
     "/execute",
-    openapi_extra=describes(ExecuteRequest),
+    openapi_extra=describes(ExecuteRequest, *OF_JOBS),
     responses={200: {"content": {"text/event-stream": {}}, "description": "the events of the job"}},
 )
 async def execute(

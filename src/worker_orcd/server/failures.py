@@ -55,7 +55,11 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|~?/)[^\s'\",:;)]+")
 
 
-# For the OpenAPI document: what both dialects have in common.
+# For the OpenAPI document: statuses of errors that any route may answer, that routes with a body may, and
+# that jobs may; and what both dialects have in common.
+ANYWHERE = (400, 401, 403, 500, 503)
+WITH_BODY = (408, 413, 415)
+OF_JOBS = (409, 499, 504)
 ERROR_RESPONSE: dict[str, Any] = {
     "description": "what went wrong",
     "content": {

@@ -16,6 +16,7 @@ from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
 from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
+from worker_orcd.server.failures import OF_JOBS
 from worker_orcd.server.json import JSON
 from worker_orcd.server.openai.choices import (
     DONE,
@@ -90,7 +91,7 @@ class ChatChunk(msgspec.Struct):
     object: str = "chat.completion.chunk"
 
 
-@router.post("/chat/completions", openapi_extra=describes(ChatRequest))
+@router.post("/chat/completions", openapi_extra=describes(ChatRequest, 404, *OF_JOBS))
 async def chat_completions(
     request: Request,
     context: ContextOf,

@@ -15,6 +15,7 @@ from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
 from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
+from worker_orcd.server.failures import OF_JOBS
 from worker_orcd.server.json import JSON
 from worker_orcd.server.openai.choices import (
     DONE,
@@ -59,7 +60,7 @@ class Completion(msgspec.Struct):
     object: str = "text_completion"
 
 
-@router.post("/completions", openapi_extra=describes(CompletionRequest))
+@router.post("/completions", openapi_extra=describes(CompletionRequest, 404, *OF_JOBS))
 async def completions(
     request: Request,
     context: ContextOf,

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from worker_orcd.server.context import ContextOf
+from worker_orcd.server.failures import ERROR_RESPONSE
 from worker_orcd.server.json import JSON
 from worker_orcd.server.openai.choices import require_model
 from worker_orcd.server.status import Serving
@@ -20,7 +21,7 @@ async def models(context: ContextOf) -> JSON:
     return JSON({"object": "list", "data": [_model(context.status.require_serving())]})
 
 
-@router.get("/models/{model_id:path}")
+@router.get("/models/{model_id:path}", responses={404: ERROR_RESPONSE})
 async def model(model_id: str, context: ContextOf) -> JSON:
     """The model, under its name or `default`."""
     serving = context.status.require_serving()
