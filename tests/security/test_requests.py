@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker_orcd.config import ServerConfig
+from worker_orcd.kernels.draw import Draws
 from worker_orcd.runner.sampler import Sampler
-from worker_orcd.sequence import SampledToken
+from worker_orcd.sequence import Row, SampledToken, Sequence
 from worker_orcd.server.body import read_model
 from worker_orcd.server.openai.wire import MAX_CHOICES, MAX_PROMPTS
+from worker_orcd.server.prompt import _sampling_params
 from worker_orcd.server.wire import (
     MAX_COUNT,
     ExecuteRequest,
@@ -180,18 +182,16 @@ async def test_numbers_out_of_range(world, path):
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_numbers_at_the_ends_of_their_ranges(fields, logits):
     """Whatever passes validation draws a token of the vocabulary, or fails the one row."""
-    from types import SimpleNamespace
-
-    from worker_orcd.server.prompt import _sampling_params
-
     body = read_model(ExecuteRequest, json.dumps(EXECUTE | fields | {"seed": 1}).encode())
-    draw = SimpleNamespace(
-        params=_sampling_params(body, body.logprobs),
-        position=5,
-        token_ids=np.array([1, 2, 2, 31]),
-        num_prompt_tokens=2,
-        excluded=(),
+    sequence = Sequence(
+        id=1,
+        token_ids=[1, 2],
+        max_tokens=9,
+        stop_token_ids=frozenset(),
+        sampling=_sampling_params(body, body.logprobs),
     )
+    sequence.token_ids += [2, 31]
+    draw = Draws(32).of(Row(sequence, num_tokens=3, start=1, num_draws=1))
     found = Sampler(32).sample(np.array(logits, np.float32), draw)
     assert not isinstance(found, SampledToken) or 0 <= found.token_id < 32
 
