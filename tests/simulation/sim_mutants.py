@@ -136,7 +136,7 @@ MUTANTS = [
     ),
     Mutant(
         "a peer that reads nothing is kept", BoundedProtocol, "pause_writing",
-        "if self._stall_timer is None:", "if False:",
+        "self._stall_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)", "pass",
     ),
     Mutant(
         "a peer that leaves the rest is kept", BoundedProtocol, "_watch_rest",
