@@ -45,6 +45,7 @@ from worker_orcd.sequence import FinishReason
 
 ENGINE = EngineConfig(max_num_seqs=64, max_num_batched_tokens=512)
 LONGEST = 1024  # tokens of a sequence
+SMALL = 64 << 10  # bytes that a rehearsal may miss: norms and tables that are no weight's
 POOL_BLOCKS = 40  # of `oom`
 OUTPUT = 24  # tokens of a request that is compared
 SUBJECTS = 16
@@ -151,9 +152,8 @@ def check_plan(session: Session, model: Model) -> None:
     workspace = plan.workspace_bytes + plan.sampler_bytes
     over = held.workspace_bytes - workspace
     session.say(
-        f"{name}: buffers and sampler: {workspace:,} rehearsed, {held.workspace_bytes:,} taken ({over:+,}:"
-        " what the allocator rounds up, of everything)",
-        ok=abs(over) <= 512 * len(memory_of(model).regions()) + (1 << 20),
+        f"{name}: buffers and sampler: {workspace:,} rehearsed, {held.workspace_bytes:,} taken ({over:+,})",
+        ok=abs(over) <= SMALL,
     )
     session.say(
         f"{name}: KV cache: {plan.kv_cache_bytes:,} planned, {held.kv_cache_bytes:,} taken",

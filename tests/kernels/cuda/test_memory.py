@@ -26,11 +26,13 @@ class Gpu:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free, self.reserved, self.allocated, self.cached = 900, 0, 0, 0
         self.fraction = 1.0
+        self.asked: set[int | None] = set()  # devices whose allocator was told how much it may have
         properties = SimpleNamespace(total_memory=TOTAL, uuid="0b5a-11", major=9, minor=0)
         for name, function in {
             "mem_get_info": lambda _device: (self.free * MIB, TOTAL),
             "memory_reserved": lambda _device: (self.reserved + self.cached) * MIB,
-            "memory_allocated": lambda _device: self.allocated * MIB,
+            "memory_stats": lambda _device: {"requested_bytes.all.current": self.allocated * MIB},
+            "current_device": lambda: 2,
             "empty_cache": self._empty_cache,
             "synchronize": lambda _device: None,
             "get_device_properties": lambda _device: properties,
@@ -47,8 +49,9 @@ class Gpu:
     def _empty_cache(self) -> None:
         self.free, self.cached = self.free + self.cached, 0
 
-    def _allow(self, fraction: float, _device: torch.device) -> None:
+    def _allow(self, fraction: float, device: torch.device) -> None:
         self.fraction = fraction
+        self.asked.add(device.index)
 
 
 @pytest.fixture
@@ -63,6 +66,12 @@ def memory() -> CudaMemory:
 def test_a_gpu_s_facts_are_cuda_s(gpu: Gpu) -> None:
     facts = memory().facts
     assert (facts.memory_bytes, facts.uuid, facts.index, facts.sm) == (TOTAL, "0b5a-11", 0, "9.0")
+
+
+def test_a_device_without_a_number_is_the_current_one(gpu: Gpu) -> None:
+    """Some calls of torch's refuse it."""
+    assert CudaMemory(torch.device("cuda")).facts.index == 2
+    assert gpu.asked == {2}
 
 
 def test_what_is_held_adds_up_to_what_the_driver_misses(gpu: Gpu) -> None:

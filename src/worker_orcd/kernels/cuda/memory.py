@@ -22,6 +22,8 @@ class CudaMemory:
     """Implements `kernels.memory.DeviceMemory` for one GPU; on another device it knows the regions only."""
 
     def __init__(self, device: torch.device) -> None:
+        if str(device) == "cuda":  # some calls want its number
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         if self.counts:
             self._allow(1.0)  # the model that this process had before may have sealed it
@@ -47,7 +49,11 @@ class CudaMemory:
         return tuple(self._regions.values())
 
     def allocated_bytes(self) -> int:
-        return torch.cuda.memory_allocated(self._device) if self.counts else 0
+        """As they were asked for: how far the allocator rounds up depends on what it has left over."""
+        if not self.counts:
+            return 0
+        statistics: dict[str, int] = torch.cuda.memory_stats(self._device)
+        return statistics.get("requested_bytes.all.current", 0)
 
     def free_bytes(self) -> int:
         """What the driver could still give."""
