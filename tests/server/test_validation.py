@@ -130,7 +130,8 @@ async def test_numbers_of_any_length_are_a_callers_mistake(world, digits, form):
                 ("/v1/completions", {"prompt": "x"}),
             ):
                 response = await post(http, path, with_field(base, field, value))
-                assert response.status_code in (200, 400), (path, field, response.text)
+                late = field == "deadline_ms" and response.status_code == 504  # a few milliseconds are few
+                assert late or response.status_code in (200, 400), (path, field, response.text)
     assert w.client.num_admitted == 0
 
 
