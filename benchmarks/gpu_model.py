@@ -334,16 +334,25 @@ def profile_model(session: Session, path: Path) -> None:
     step: CudaStep = runner._compiled
     for rows in (1, 64):
         time_decode(runner, step, rows, session.args.context)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(5):
-                step.executor.start(Counts(rows, rows, rows))
-            torch.cuda.synchronize()
-        events = [one for one in profile.key_averages() if one.self_device_time_total]
-        total = sum(one.self_device_time_total for one in events)
-        session.say(f"{path.name}: {rows} sequences, {total / 5:.0f} us in kernels")
-        for one in sorted(events, key=lambda one: -one.self_device_time_total)[:8]:
-            share, each = one.self_device_time_total / total, one.self_device_time_total / one.count
-            session.say(f"    {one.key:32} {share:6.1%}  {each:7.2f} us each")
+        say_kernels(session, f"{path.name}: {rows} sequences", step, Counts(rows, rows, rows))
+    for tokens in (512, 2048):
+        time_prompt(runner, step, tokens)
+        rows = -(-tokens // 512)
+        say_kernels(session, f"{path.name}: prompts of {tokens} in all", step, Counts(tokens, rows, rows))
+
+
+def say_kernels(session: Session, what: str, step: CudaStep, counts: Counts) -> None:
+    """Of the step that the inputs hold."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            step.executor.start(counts)
+        torch.cuda.synchronize()
+    events = [one for one in profile.key_averages() if one.self_device_time_total]
+    total = sum(one.self_device_time_total for one in events)
+    session.say(f"{what}, {total / 5:.0f} us in kernels")
+    for one in sorted(events, key=lambda one: -one.self_device_time_total)[:12]:
+        share, each = one.self_device_time_total / total, one.self_device_time_total / one.count
+        session.say(f"    {one.key:32} {share:6.1%}  {each:7.2f} us each, {one.count // 5} a step")
 
 
 def time_prompt(runner: ModelRunner, step: CudaStep, tokens: int) -> float:

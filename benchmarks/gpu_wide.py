@@ -1,447 +1,329 @@
 """
-Products of many tokens: today's kernel beside others that would have the same bits.
+Products of many tokens by `linear_wide`: the bits of the kernel for any number, and how fast beside it.
 
-    python benchmarks/gpu_wide.py                       # all of it, about two minutes
-    python benchmarks/gpu_wide.py --groups plain apart  # some of the ways
-    python benchmarks/gpu_wide.py --compile             # only compile, for sm_90; needs no GPU
+    python benchmarks/gpu_wide.py                 # checks and figures, about two minutes
+    python benchmarks/gpu_wide.py --only same     # checks alone
+    python benchmarks/gpu_wide.py --compile       # only look at the machine code; needs no GPU
 
-Needs a GPU of compute capability 9.0, torch, Triton 3.6 and numpy, and no network. Ways (`wide_ways.py`):
-
-* now: the engine's kernel, which makes operands in registers
-* b: weights become float16 in scratch memory, all at once or in slabs that the L2 cache holds; then the
-  engine's kernel for float16
-* c: likewise, then a kernel with operands from shared memory by TMA: `product`, or `apart` with a warp that
-  loads (`wide_hopper.py`)
-* d: Q4_K's kernel, a half or a quarter of its step at a time (`wide_kernels.py`)
-* e: `fused`: as `apart`, with warps that make operands from packed words; no scratch memory
-
-First outputs are compared with the engine's, word by word; then all are timed, beside torch's float16 matmul
-in the same process. Each group is a process of its own that may take so many seconds: a kernel that hangs
-costs the others nothing. Results go to JSON files as they come; a table is printed last.
+Needs a GPU of compute capability 9.0, torch, Triton 3.6 and numpy, and no network. `same`: every format, sums
+of one chunk and of several, ragged numbers of rows and tokens, weights that are unpacked in slabs, and all
+that is done to a sum on its way out; outputs, and what goes to a KV cache, are compared byte by byte with
+those of
+`linear`. `fast`: microseconds of both by number of tokens, and the share of torch's float16 matmul in the
+same run. All of it goes to a JSON file as it comes. Ends with 1 if a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import re
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu_codegen import SHARED_BYTES, assembled
-from gpu_report import Session
-from gpu_timing import graph_microseconds, matmul_teraflops
-from gpu_weights import packed_tiles, random_rows
-from wide_ways import SLAB_BYTES, STEP, Cut, Wide, compile_wide
-from worker_orcd.kernels.backend import Matrix
-from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
-from worker_orcd.kernels.cuda.launch import Products
-from worker_orcd.kernels.cuda.variants import Shape, Tile, choose_tile, shape_of
-from worker_orcd.kernels.cuda.weights import PackedMatrix, Uploader, upload
-from worker_orcd.quant import BY_NAME
+from gpu_session import Session, parser_of, run_parts
+from gpu_timing import LARGER_THAN_L2, matmul_teraflops
+from gpu_weights import packed_tiles
+from worker_orcd.kernels.backend import AttentionParams, Glu, RopeParams
+from worker_orcd.kernels.cuda.cache_type import FP8
+from worker_orcd.kernels.cuda.compiler import Kernel, compile_kernel
+from worker_orcd.kernels.cuda.launch import HeadsTo, Products
+from worker_orcd.kernels.cuda.operations import rope_table
+from worker_orcd.kernels.cuda.streaming import tile_for
+from worker_orcd.kernels.cuda.variants import FORMATS, Epilogue, Shape, Store, shape_of
+from worker_orcd.kernels.cuda.weights import PackedMatrix, upload
+from worker_orcd.kernels.cuda.wide import NARROW, WIDE, Cut, can_be_wide, cut_for, unpack_kernel, wide_kernel
 
 CAPABILITY = 90
-# Phi-3-mini's: format, rows, columns, how many of them a step has, and what the engine wants out of them.
-SHAPES: tuple[tuple[str, int, int, int, torch.dtype], ...] = (
-    ("Q4_K", 16384, 3072, 32, torch.float16),
-    ("Q4_K", 3072, 8192, 16, torch.float32),
-    ("Q6_K", 3072, 8192, 16, torch.float32),
-    ("Q4_K", 9216, 3072, 32, torch.float16),
-    ("Q4_K", 3072, 3072, 32, torch.float32),
-    ("Q6_K", 16384, 3072, 0, torch.float16),
-)
-TOKENS = (4096, 2048, 1024, 512)
-CHECKED_ROWS, CHECKED_TOKENS = 1216, (2048, 1000, 512)  # no whole tiles, the first and the second
-COPIES = 4  # of a weight that is timed, in turn
-GROUPS = ("plain", "product", "apart", "fused")
-SECONDS = {"plain": 40.0, "product": 25.0, "apart": 25.0, "fused": 25.0}  # of each group's process
-SHORTEST = 10.0  # seconds that a process is worth starting for
-
-Run = Callable[[torch.Tensor, PackedMatrix, torch.Tensor], object]
+CHECKED = tuple(name for name in FORMATS if name != "F32")  # which `linear` alone multiplies by
+CHECKED_SHAPES = ((1216, 2048), (144, 768))  # rows are no whole tiles
+CHECKED_TOKENS = (512, 999, 1537)
+SLAB = 1 << 20  # bytes of scratch memory, so that weights do not fit
+END_TOKENS, HEAD_TOKENS = (600, 1024), 777
+HEAD_SHAPES = ((12, 4, 64, 768), (8, 2, 96, 1024))  # q heads, KV heads, their width, columns
+BLOCK, POSITIONS = 16, 4096  # of a KV cache
+FAST = (
+    ("Q4_K", 16384, 3072), ("Q4_K", 9216, 3072), ("Q4_K", 3072, 3072), ("Q4_K", 3072, 8192),
+    ("Q6_K", 3072, 8192),
+    ("Q5_0", 9728, 896), ("Q5_0", 896, 896), ("Q8_0", 1152, 896), ("Q4_K", 896, 4864), ("Q6_K", 896, 4864),
+    ("Q8_0", 5120, 2880), ("Q8_0", 2880, 4096), ("F16", 16384, 3072), ("Q4_0", 16384, 3072),
+    ("MXFP4", 16384, 3072),
+)  # fmt: skip
+FAST_TOKENS = (128, 256, 512, 1024, 2048, 4096)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    name: str
-    run: Run
+def weight_of(session: Session, shape: Shape, n: int, **flags: Any) -> PackedMatrix:
+    def make() -> torch.Tensor:
+        return torch.from_numpy(packed_tiles(shape.format, n, shape.k, shape.step)).to(session.device)
+
+    packed = session.once((shape.format, n, shape.k), make)
+    return upload(shape, n, packed, **flags)
 
 
-def cuts(group: str, *, whole: bool) -> Iterator[Cut]:
-    """Of a kernel of `wide_hopper`; `whole`: a weight of one chunk, so registers have room for wide tiles."""
-    if group == "product" and whole:
-        yield Cut(function=group, rows=128, tokens=256, warps=8, stages=4)
-        yield Cut(function=group, rows=128, tokens=256, warps=8, stages=4, group=16)
-        yield Cut(function=group, rows=128, tokens=128, warps=4, stages=3)  # two programs a multiprocessor
-    elif group == "product":
-        yield Cut(function=group, rows=128, tokens=128, warps=8, stages=6)
-        yield Cut(function=group, rows=64, tokens=128, warps=4, stages=4)  # likewise
-    else:
-        makers = {"makers": 4, "registers": 184} if group == "fused" else {}
-        tokens, stages = (256, 4) if whole else (128, 6)
-        for staged, side_by_side in ((False, 8), (True, 8), (True, 16)):
-            yield Cut(
-                function=group, rows=128, tokens=tokens, warps=8, stages=stages, group=side_by_side,
-                staged=staged, **makers,
-            )  # fmt: skip
+def several_chunks(shape: Shape) -> Shape:
+    """The same weight, summed in the fewest chunks above one that both kernels can have."""
+    for chunks in range(2, 65):
+        other = replace(shape, chunks=chunks)
+        if -(-shape.k // shape.step) % chunks == 0 and can_be_wide(other, CAPABILITY):
+            return other
+    return shape
 
 
-def pieces_tiles(*, whole: bool) -> Iterator[tuple[int, Tile]]:
-    """How many pieces a step of Q4_K is cut into, and tiles."""
-    if whole:
-        yield 2, Tile(rows=64, tokens=128, warps=4, stages=2)
-        yield 4, Tile(rows=64, tokens=128, warps=4, stages=3)
-        yield 4, Tile(rows=128, tokens=256, warps=8, stages=3)
-    else:
-        yield 2, Tile(rows=128, tokens=128, warps=8, stages=3)
-        yield 4, Tile(rows=64, tokens=128, warps=4, stages=3)
-    yield 4, Tile(rows=128, tokens=128, warps=8, stages=3)
+# -- the same bits -----------------------------------------------------------------------------------------
 
 
-def plain_tiles(shape: Shape, n: int, tokens: int) -> Iterator[Tile]:
-    """Of the engine's kernel for float16."""
-    plain = Shape(format="F16", k=shape.k, step=STEP, chunks=shape.chunks, aligned=shape.aligned)
-    yield replace(choose_tile(plain, n, tokens, CAPABILITY), split=False)
-    if shape.chunks == 1:
-        yield Tile(rows=128, tokens=256, warps=8, stages=3)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A product, but for how it is cut."""
+
+    weight: PackedMatrix
+    tokens: int
+    bias: bool = False
+    residual: bool = False
+    glu: Glu | None = None
+    heads: HeadsTo | None = None
+    out: torch.dtype = torch.float32
+    gap: int = 0  # columns between a token's outputs and the next one's
+
+    @property
+    def width(self) -> int:
+        if self.heads is not None:
+            return self.heads.params.num_heads * self.heads.params.head_dim
+        return self.weight.n // 2 if self.glu is not None else self.weight.n
+
+    def __str__(self) -> str:
+        shape = self.weight.shape
+        ends = [name for name in ("bias", "residual") if getattr(self, name)]
+        ends += [self.glu.value] if self.glu else []
+        ends += ["heads"] if self.heads else []
+        return f"{shape.format} {self.weight.n}x{shape.k} S {shape.chunks} T {self.tokens} {' '.join(ends)}"
 
 
-def ways(group: str, wide: Wide, shape: Shape, n: int, tokens: int) -> Iterator[Way]:
-    """The ways of a group, for a weight of this shape; the engine's is always the first."""
-    yield Way(name="now", run=wide.products.linear)
-    whole = shape.chunks == 1
-    if group == "plain":
-        for tile in plain_tiles(shape, n, tokens):
-            label = f"{tile.rows}x{tile.tokens}"
-            for slab in (SLAB_BYTES, 0):
-                yield Way(
-                    name=f"b {'slabs' if slab else 'at once'} {label}",
-                    run=partial(wide.two_passes, tile=tile, slab_bytes=slab),
-                )
-        if shape.format == "Q4_K":
-            for count, tile in pieces_tiles(whole=whole):
-                name = f"d 1/{count} {tile.rows}x{tile.tokens} s{tile.stages}"
-                yield Way(name=name, run=partial(wide.pieces, tile=tile, count=count))
-        return
-    for cut in cuts(group, whole=whole):
-        if group == "fused":
-            yield Way(name=f"e {cut}", run=partial(wide.fused, cut=cut))
-            continue
-        for slab in (SLAB_BYTES, 0):
-            yield Way(
-                name=f"c {cut} {'slabs' if slab else 'at once'}",
-                run=partial(wide.by_tma, cut=cut, slab_bytes=slab),
+def cases(session: Session) -> Iterator[Case]:
+    for name in CHECKED:
+        for n, k in CHECKED_SHAPES:
+            whole = replace(shape_of(name, n, k), chunks=1)
+            for shape in {whole, several_chunks(whole)}:
+                for tokens in CHECKED_TOKENS:
+                    yield Case(weight=weight_of(session, shape, n), tokens=tokens)
+    for name in ("Q4_K", "Q8_0", "MXFP4"):
+        whole = replace(shape_of(name, 1216, 2048), chunks=1)
+        for shape in (whole, several_chunks(whole)):
+            yield from ends(session, shape)
+    for heads, kv_heads, width, k in HEAD_SHAPES:
+        for dtype in (torch.float16, FP8):
+            for rotated in (True, False):
+                params = AttentionParams(num_heads=heads, num_kv_heads=kv_heads, head_dim=width, scale=1.0)
+                yield with_heads(session, params, k, dtype, rotated)
+
+
+def ends(session: Session, shape: Shape) -> Iterator[Case]:
+    """What is done to a sum, of a weight whose rows alternate and one whose do not."""
+    n = 1216
+    plain, paired = weight_of(session, shape, n), weight_of(session, shape, n, paired=True)
+    for tokens in END_TOKENS:
+        yield Case(weight=plain, tokens=tokens, bias=True, residual=True)
+        yield Case(weight=plain, tokens=tokens, out=plain.operand, gap=8)
+        yield Case(weight=paired, tokens=tokens, bias=True)
+        for glu in Glu:
+            yield Case(weight=paired, tokens=tokens, bias=tokens == END_TOKENS[0], glu=glu, out=plain.operand)
+
+
+def with_heads(session: Session, params: AttentionParams, k: int, dtype: torch.dtype, rotated: bool) -> Case:
+    width, tokens = params.head_dim, HEAD_TOKENS
+    n = (params.num_heads + 2 * params.num_kv_heads) * width
+    weight = weight_of(session, shape_of("Q4_K", n, k), n, head=width)
+    blocks = -(-tokens // BLOCK) + 1
+    shape = 2, blocks, params.num_kv_heads, BLOCK, width
+    generator = torch.Generator().manual_seed(width)
+    slots = BLOCK + torch.randperm(tokens, generator=generator)
+    positions = torch.randint(0, POSITIONS, (tokens,), generator=generator)
+    rope = RopeParams(
+        rotary_dim=width, inv_freq=tuple(10000.0 ** (-2 * i / width) for i in range(width // 2))
+    )
+    heads = HeadsTo(
+        params,
+        torch.zeros(shape, dtype=dtype, device=session.device),
+        positions.to(session.device, torch.int32),
+        slots.to(session.device, torch.int32),
+        rope_table(rope, POSITIONS, session.device) if rotated else None,
+    )
+    return Case(weight=weight, tokens=tokens, bias=rotated, heads=heads, out=torch.float16)
+
+
+def run(products: Products, case: Case, session: Session, cut: Cut | None) -> list[torch.Tensor]:
+    """Everything that the product writes, as integers; by `linear` where there is no cut."""
+    weight, tokens = case.weight, case.tokens
+    x = session.random(tokens, weight.shape.k, seed=3).to(weight.operand)
+    room = case.width + case.gap
+    lines = torch.full((tokens, room), torch.nan, dtype=case.out, device=session.device)
+    out = lines[:, : case.width]
+    if case.heads is not None and not session.recording:
+        case.heads.cache.view(torch.uint8).zero_()
+    products.linear(
+        x, weight, out,
+        bias=session.random(weight.n, seed=4) if case.bias else None,
+        residual=session.random(tokens, room, seed=5)[:, : case.width] if case.residual else None,
+        glu=case.glu,
+        heads=case.heads,
+        tile=cut or tile_for(weight.shape, weight.n, tokens, session.capability),
+    )  # fmt: skip
+    written = [lines] if case.heads is None else [lines, case.heads.cache]
+    return [one.view(torch.uint8).clone() for one in written]
+
+
+def check_same(session: Session) -> None:
+    """Bytes compared and bytes that differ, by way."""
+    counts: dict[str, list[int]] = {}
+    whole, slabs = Products(session.kernels), Products(session.kernels, SLAB)
+    for case in cases(session):
+        for products in (whole, slabs):
+            products.reserve(case.weight)
+            products.wide.make_room(case.weight)
+        wanted = run(whole, case, session, None)
+        ways = {"narrow": (whole, NARROW), "narrow, slabs": (slabs, NARROW)}
+        if case.weight.shape.chunks == 1:
+            ways |= {"wide": (whole, WIDE), "wide, slabs": (slabs, WIDE)}
+        for label, (products, cut) in ways.items():
+            found = run(products, case, session, cut)
+            if session.recording:
+                continue
+            differing = sum(int((a != b).sum()) for a, b in zip(found, wanted, strict=True))
+            count = counts.setdefault(label, [0, 0])
+            count[0] += sum(one.numel() for one in found)
+            count[1] += differing
+            if differing:
+                session.fail(f"DIFFERS {case} {label}: {differing} bytes")
+        if case.heads is None and not session.recording and not finite(wanted[0], case):
+            session.fail(f"{case}: not finite")
+    session.save("same", counts)
+    for label, (compared, differing) in counts.items():
+        session.say(f"{label}: {compared:.1e} bytes compared, {differing} differ")
+
+
+def finite(written: torch.Tensor, case: Case) -> bool:
+    return bool(torch.isfinite(written.view(case.out)[:, : case.width].float()).all())
+
+
+# -- fast --------------------------------------------------------------------------------------------------
+
+
+def measure(session: Session) -> None:
+    products = Products(session.kernels)
+    rows: list[dict[str, Any]] = []
+    rates: dict[tuple[int, int, int], float] = {}
+    for name, n, k in FAST:
+        shape = shape_of(name, n, k)
+        packed = session.once((name, n, k), partial(packed_tiles, name, n, k))
+        copies = max(2, min(16, -(-LARGER_THAN_L2 // len(packed))))
+        weights = [upload(shape, n, torch.from_numpy(packed).to(session.device)) for _ in range(copies)]
+        products.reserve(weights[0])
+        products.wide.make_room(weights[0])
+        for tokens in FAST_TOKENS:
+            if not session.recording and (n, k, tokens) not in rates:
+                rates[n, k, tokens] = matmul_teraflops(n, k, tokens)
+            times = {label: time(session, products, weights, tokens, cut) for label, cut in ways_of(shape)}
+            rows.append({"format": name, "n": n, "k": k, "tokens": tokens, "microseconds": times})
+            session.save("fast", rows)
+            flops = 2 * n * k * tokens / 1e6
+            share = flops / min(times.values()) / rates.get((n, k, tokens), 1.0)
+            told = ", ".join(f"{label} {micro:.1f}" for label, micro in times.items())
+            chosen = cut_for(shape, n, tokens, session.capability)
+            label = "linear" if chosen is None else f"{chosen.tokens} wide"
+            session.say(
+                f"{name} {n}x{k} S {shape.chunks} T {tokens}: {told} us ({label}); {share:.0%} of torch"
             )
 
 
-# -- what a run launches -----------------------------------------------------------------------------------
+def ways_of(shape: Shape) -> list[tuple[str, Cut | None]]:
+    wide: list[tuple[str, Cut | None]] = [("256 wide", WIDE)] if shape.chunks == 1 else []
+    return [("linear", None), *wide, ("128 wide", NARROW)]
 
 
-def empty_matrix(shape: Shape, n: int, device: torch.device) -> PackedMatrix:
-    size = shape.layout.sections(n, shape.k, shape.step).size
-    return upload(shape, n, torch.empty(size, dtype=torch.uint8, device=device))
+def time(
+    session: Session, products: Products, weights: Sequence[PackedMatrix], tokens: int, cut: Cut | None
+) -> float:
+    shape, n = weights[0].shape, weights[0].n
+    x = session.random(tokens, shape.k).to(weights[0].operand)
+    out = torch.empty(tokens, n, dtype=weights[0].operand, device=session.device)
+    tile = cut or tile_for(shape, n, tokens, session.capability)
+    return session.microseconds([partial(products.linear, x, one, out, tile=tile) for one in weights])
 
 
-def launch_all(group: str, wide: Wide) -> None:
-    """Everything that a group's process launches, once, on matrices of nothing."""
-    device = wide.kernels.device
-    for name, n, k, _, dtype in SHAPES:
-        shape = shape_of(name, n, k)
-        for rows, counts, out in ((CHECKED_ROWS, CHECKED_TOKENS, torch.float32), (n, TOKENS, dtype)):
-            weight = empty_matrix(shape, rows, device)
-            for tokens in counts:
-                x = torch.empty(tokens, k, dtype=torch.float16, device=device)
-                y = torch.empty(tokens, rows, dtype=out, device=device)
-                for way in ways(group, wide, shape, rows, tokens):
-                    way.run(x, weight, y)
+# -- without a GPU -----------------------------------------------------------------------------------------
 
 
-def kernels_of(groups: list[str]) -> list[Kernel]:
-    """All that the groups launch, by the very code that launches it. No GPU and no memory is needed."""
-    kernels = Kernels(torch.device("meta"), CAPABILITY, compile_wide)
-    wide = Wide(kernels, Products(kernels))
-    found: dict[Kernel, None] = {}
-    for group in groups:
-        found.update(dict.fromkeys(kernels.collect(partial(launch_all, group, wide))))
-    return list(found)
-
-
-def with_constants(kernel: Kernel, **constants: Any) -> Kernel:
-    return replace(kernel, constants=tuple((dict(kernel.constants) | constants).items()))
-
-
-def label(kernel: Kernel) -> str:
-    told = ("FORMAT", "K", "CHUNKS", "ROWS", "TOKENS", "STAGES", "GROUP", "PIECES", "TILED")
-    values = [f"{name} {value}" for name, value in kernel.constants if name in told]
-    return f"{kernel.function} {' '.join(values)} w{kernel.warps}"
-
-
-def compiled(kernel: Kernel) -> str:
-    """Into Triton's cache. What went wrong."""
-    try:
-        compile_wide(kernel, CAPABILITY)
-    except Exception as error:
-        return f"{label(kernel)}: {type(error).__name__} {error}"
-    return ""
+def shipped() -> Iterator[Kernel]:
+    """A kernel of every kind."""
+    for name in CHECKED:
+        shape = shape_of(name, 3072, 3072)
+        if shape.format not in ("F16", "BF16"):
+            yield unpack_kernel(shape)
+    store = Store(num_heads=32, num_kv_heads=32, cache_block=BLOCK, rotated=True, fp8=False)
+    for name in ("Q4_K", "MXFP4"):
+        whole = replace(shape_of(name, 3072, 3072), chunks=1)
+        for shape, cut in ((whole, WIDE), (replace(whole, chunks=2), NARROW)):
+            for epilogue in (
+                Epilogue(out="fp16"), Epilogue(bias=True, residual=True), Epilogue(paired=True),
+                Epilogue(paired=True, glu=Glu.SWIGLU, bias=True, out=shape.operand),
+                Epilogue(head=96, store=store, bias=True, out="fp16"),
+                Epilogue(head=96, store=replace(store, fp8=True), out="fp16"),
+            ):  # fmt: skip
+                yield wide_kernel(shape, cut, epilogue)
 
 
 def inspect(kernel: Kernel) -> str:
-    """Likewise, and what is wrong with the machine code."""
+    """What is wrong with the machine code."""
     try:
-        made = compile_wide(kernel, CAPABILITY)
+        made = compile_kernel(kernel, CAPABILITY)
     except Exception as error:
-        return f"{label(kernel)}: {type(error).__name__} {error}"
+        return f"{label_of(kernel)}: {type(error).__name__} {error}"
     log, sass = assembled(made, CAPABILITY)
     wrong: list[str] = []
     if re.search(r"\b(?:LDL|STL)\b", sass) or re.search(r"[1-9]\d* bytes spill", log):
         wrong.append("spills")
     if found := set(re.findall(r"C75\d\d", log)):
         wrong.append(f"ptxas warns {sorted(found)}")
-    if kernel.function != "unpack" and "HGMMA" not in sass:
+    if kernel.function == "wide" and "HGMMA" not in sass:
         wrong.append("no wgmma")
-    if kernel.function == "pieces" and not re.search(r"HGMMA\S* R\d+, R\d+, gdesc", sass):
-        wrong.append("weights take the way through shared memory")
     if made.metadata.shared > SHARED_BYTES[CAPABILITY]:
         wrong.append(f"{made.metadata.shared} bytes of shared memory")
-    return f"{label(kernel)}: {', '.join(wrong)}" if wrong else ""
+    return f"{label_of(kernel)}: {', '.join(wrong)}" if wrong else ""
 
 
-def compile_all(groups: list[str], jobs: int, *, inspected: bool = False) -> list[str]:
-    """Into Triton's cache. What went wrong."""
-    wanted = kernels_of(groups)
-    start = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        wrong = [text for text in pool.map(inspect if inspected else compiled, wanted) if text]
-    print(
-        f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s, {len(wrong)} faults", flush=True
+def label_of(kernel: Kernel) -> str:
+    told = ("FORMAT", "CHUNKS", "TOKENS", "STAGES", "GLU", "BIAS", "RESIDUAL", "PAIRED", "HEAD")
+    return (
+        f"{kernel.function} {' '.join(f'{name} {value}' for name, value in kernel.constants if name in told)}"
     )
-    print(*wrong, sep="\n", flush=True)
-    return wrong
 
 
-# -- a group's process -------------------------------------------------------------------------------------
+def inspect_all() -> int:
+    kernels = list(dict.fromkeys(shipped()))
+    wrong = [text for text in map(inspect, kernels) if text]
+    print(*wrong, f"{len(kernels)} kernels, {len(wrong)} faults", sep="\n")
+    return len(wrong)
 
 
-class Group:
-    """Checks and times of one group, on the device."""
-
-    def __init__(self, session: Session, group: str, device: torch.device) -> None:
-        self.session, self.group, self.device = session, group, device
-        kernels = Kernels(self.device, CAPABILITY, compile_wide)
-        self.wide = Wide(kernels, Products(kernels))
-        self.bits: list[dict[str, Any]] = []
-        self.times: list[dict[str, Any]] = []
-
-    def check(self) -> None:
-        """Words that differ from the engine's, of random weights: as many chunks as the large ones have."""
-        uploader = Uploader(self.device)
-        for name, n, k, _, _ in SHAPES:
-            fmt, shape = BY_NAME[name], shape_of(name, n, k)
-            rows = random_rows(fmt, CHECKED_ROWS, k, n + k)
-            weight = uploader.matrix([Matrix(name, fmt, CHECKED_ROWS, k, rows)])
-            weight = replace(weight, shape=replace(weight.shape, chunks=shape.chunks))
-            for tokens in CHECKED_TOKENS:
-                generator = torch.Generator(self.device).manual_seed(tokens)
-                x = torch.randn(tokens, k, generator=generator, device=self.device).half()
-                first, *others = ways(self.group, self.wide, weight.shape, CHECKED_ROWS, tokens)
-                wanted = self.outputs(first, x, weight)
-                if not bool(torch.isfinite(wanted).all()):
-                    self.session.say(f"{name} {k} {tokens} tokens: the engine's are not finite", ok=False)
-                for way in others:
-                    self.session.guarded(
-                        f"bits {name} {n}x{k} {tokens} {way.name}",
-                        partial(self.compare, way, x, weight, wanted, f"{name} {n}x{k}"),
-                    )
-        counted = sum(one["words"] for one in self.bits)
-        wrong = sum(one["differing"] for one in self.bits)
-        self.session.say(f"{self.group}: {counted:.1e} words compared, {wrong} differ", ok=wrong == 0)
-
-    def outputs(self, way: Way, x: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
-        out = torch.full((len(x), weight.n), torch.nan, device=self.device)
-        way.run(x, weight, out)
-        torch.cuda.synchronize()
-        return out
-
-    def compare(
-        self, way: Way, x: torch.Tensor, weight: PackedMatrix, wanted: torch.Tensor, label: str
-    ) -> None:
-        found = self.outputs(way, x, weight)
-        differing = int((found.view(torch.int32) != wanted.view(torch.int32)).sum())
-        line = {"shape": label, "tokens": len(x), "way": way.name, "words": found.numel()}
-        self.bits.append(line | {"differing": differing})
-        self.session.keep("bits", self.bits)
-        if differing:
-            error = float((found - wanted).norm() / wanted.norm())
-            self.session.say(
-                f"DIFFERS {label} {len(x)} tokens, {way.name}: {differing} of {found.numel()},"
-                f" relative error {error:.1e}",
-                ok=False,
-            )
-
-    def measure(self, left: Callable[[], float]) -> None:
-        for name, n, k, _, dtype in SHAPES:
-            shape = shape_of(name, n, k)
-            packed = torch.from_numpy(packed_tiles(name, n, k)).to(self.device)
-            weights = [upload(shape, n, packed.clone() if i else packed) for i in range(COPIES)]
-            for tokens in TOKENS:
-                if left() < 2:
-                    return self.session.say("out of time")
-                x = torch.randn(tokens, k, device=self.device).half()
-                out = torch.empty(tokens, n, dtype=dtype, device=self.device)
-                line = {"format": name, "n": n, "k": k, "tokens": tokens}
-                line["torch"] = matmul_teraflops(n, k, tokens)
-                for way in ways(self.group, self.wide, shape, n, tokens):
-                    self.session.guarded(
-                        f"time {name} {n}x{k} {tokens} {way.name}",
-                        partial(self.time, way, x, weights, out, line),
-                    )
-            del weights, packed
-        return None
-
-    def time(
-        self, way: Way, x: torch.Tensor, weights: list[PackedMatrix], out: torch.Tensor, line: dict[str, Any]
-    ) -> None:
-        micro = graph_microseconds([partial(way.run, x, weight, out) for weight in weights], 3.0)
-        rate = 2 * line["n"] * line["k"] * line["tokens"] / micro / 1e6
-        self.times.append(line | {"way": way.name, "microseconds": micro, "tflop_per_s": rate})
-        self.session.keep("times", self.times)
-
-
-def run_group(args: argparse.Namespace) -> int:
-    start = time.monotonic()
-    session = Session(args)
-    if session.results["stamp"]["capability"] != CAPABILITY:
-        session.say("these kernels are for compute capability 9.0", ok=False)
-        return 1
-    group = Group(session, args.child, torch.device("cuda"))
-    session.guarded("bits", group.check)
-    session.guarded("times", lambda: group.measure(lambda: args.seconds - (time.monotonic() - start)))
-    return min(session.failed, 100)
-
-
-# -- all of it ---------------------------------------------------------------------------------------------
-
-
-def child_command(args: argparse.Namespace, group: str, seconds: float) -> list[str]:
-    command = [
-        sys.executable, str(Path(__file__).resolve()), "--child", group, "--seconds", str(seconds - 5),
-        "--out", str(result_file(args.out, group)),
-    ]  # fmt: skip
-    return command + (["--commit", args.commit] if args.commit else [])
-
-
-def result_file(out: Path, group: str) -> Path:
-    return out.with_name(f"{out.stem}_{group}.json")
-
-
-def run_groups(args: argparse.Namespace) -> dict[str, Any]:
-    """The groups' results; what a group left behind counts even if it was ended."""
-    results: dict[str, Any] = {"failed": 0}
-    start = time.monotonic()
-    for group in args.groups:
-        seconds = min(SECONDS[group], args.seconds - (time.monotonic() - start))
-        if seconds < SHORTEST:
-            print(f"{group}: no time left", flush=True)
-            results["failed"] += 1
-            continue
-        result_file(args.out, group).unlink(missing_ok=True)
-        try:
-            code = subprocess.run(child_command(args, group, seconds), timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-            print(f"{group}: ended after {seconds:.0f} s", flush=True)
-        results["failed"] += code != 0
-        found = result_file(args.out, group)
-        results[group] = {"exit": code} | (json.loads(found.read_text()) if found.exists() else {})
-        args.out.write_text(json.dumps(results, indent=1))
-    return results
-
-
-def table(results: dict[str, Any]) -> list[str]:
-    """A line a way, fastest first, for each shape and number of tokens; then a step of Phi-3-mini."""
-    lines = [line for group in GROUPS for line in results.get(group, {}).get("times", [])]
-    wrong = {
-        (one["shape"], one["way"])
-        for group in GROUPS
-        for one in results.get(group, {}).get("bits", [])
-        if one["differing"]
-    }
-    text: list[str] = []
-    for name, n, k, _, _ in SHAPES:
-        for tokens in TOKENS:
-            some = [
-                one
-                for one in lines
-                if (one["format"], one["n"], one["k"], one["tokens"]) == (name, n, k, tokens)
-            ]
-            text += [f"{name} {n}x{k}, {tokens} tokens"] * bool(some)
-            for one in sorted(some, key=lambda one: float(one["microseconds"])):
-                differs = "   BITS DIFFER" if (f"{name} {n}x{k}", one["way"]) in wrong else ""
-                text.append(
-                    f"  {one['way']:34} {one['microseconds']:8.1f} us {one['tflop_per_s']:4.0f} TFLOP/s"
-                    f" {one['tflop_per_s'] / one['torch']:4.0%} of torch{differs}"
-                )
-    return text + [line for tokens in TOKENS for line in of_a_step(lines, tokens)]
-
-
-def of_a_step(lines: list[dict[str, Any]], tokens: int) -> list[str]:
-    """Microseconds of all products of Phi-3-mini's layers, now and by each kind of way's best."""
-    best: dict[str, float] = {}
-    for kind in ("now", "b", "c product", "c apart", "d", "e"):
-        total = 0.0
-        for name, n, k, count, _ in SHAPES:
-            of = [
-                float(one["microseconds"])
-                for one in lines
-                if (one["format"], one["n"], one["k"], one["tokens"]) == (name, n, k, tokens)
-                and (one["way"].startswith(kind) or (kind == "d" and name != "Q4_K" and one["way"] == "now"))
-            ]
-            total += count * min(of, default=float("inf")) if count else 0.0
-        best[kind] = total
-    if best["now"] == float("inf"):
-        return []
-    return [
-        f"Phi-3-mini's products, {tokens} tokens: "
-        + ", ".join(f"{kind} {total / 1000:.1f} ms" for kind, total in best.items() if total < float("inf"))
-    ]
+PARTS = {"same": check_same, "fast": measure}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser = parser_of(__doc__, PARTS, "gpu_wide.json")
     parser.add_argument("--compile", action="store_true", help="only compile, and look at the machine code")
-    parser.add_argument("--child", choices=GROUPS, help=argparse.SUPPRESS)
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--seconds", type=float, default=120.0, help="for all groups, without compiling")
-    parser.add_argument("--out", type=Path, default=Path("gpu_wide.json"))
-    parser.add_argument("--commit", help="default: ask git")
     return parser.parse_args(given)
 
 
 def main() -> None:
     args = arguments()
-    if args.child:
-        sys.exit(run_group(args))
-    wrong = compile_all(args.groups, args.jobs, inspected=args.compile)
     if args.compile:
-        sys.exit(bool(wrong))
-    results = run_groups(args)
-    print(*table(results), sep="\n")
-    print(f"{results['failed']} groups failed; {args.out}")
-    sys.exit(bool(wrong) or results["failed"] > 0)
+        sys.exit(inspect_all() > 0)
+    run_parts(args, PARTS)
 
 
 if __name__ == "__main__":

@@ -1,89 +1,52 @@
 """
-The Triton kernels of `benchmarks/gpu_wide.py` under Triton's interpreter. Run in a process of its own, as
-`interpreted.py`; see test_wide.py.
+`unpack` under Triton's interpreter. Run in a process of its own, as `interpreted.py`; see test_wide.py.
 
-Prints a line of JSON: of each case how many numbers are not the ones wanted, or how far off they are.
+Prints a line of JSON: of each case how far numbers are off, and how many are not the ones wanted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import sys
 
 import numpy as np
 import torch
 
 from gpu_weights import random_rows
-from wide_kernels import pieces, unpack
-from wide_ways import pieces_kernel, rows_of, unpack_kernel
 from worker_orcd.kernels.backend import Matrix
-from worker_orcd.kernels.cuda.linear import linear
-from worker_orcd.kernels.cuda.variants import Tile, Variant
+from worker_orcd.kernels.cuda.unpack import unpack
 from worker_orcd.kernels.cuda.weights import PackedMatrix, pack, upload
+from worker_orcd.kernels.cuda.wide import tiles_of, unpack_kernel
 from worker_orcd.quant import BY_NAME
 
-NONE = torch.zeros(64, dtype=torch.int32)
+N, K = 136, 512  # of three tiles the last is no whole one
 
 
-def weight_of(name: str, n: int, k: int, step: int = 0) -> tuple[PackedMatrix, torch.Tensor]:
-    """A random matrix, and its weights in float64."""
-    fmt = BY_NAME[name]
-    rows = random_rows(fmt, n, k, n + k)
-    shape, packed = pack(Matrix(name, fmt, n, k, rows), step)
-    return upload(shape, n, torch.from_numpy(packed)), torch.from_numpy(fmt.dequantize_rows(rows)).double()
-
-
-def operands(weight: PackedMatrix, *, tiled: bool) -> torch.Tensor:
-    tiles, k = -(-weight.n // 64), weight.shape.k
-    out = torch.full((tiles * 64, k), torch.nan, dtype=torch.float16)
-    unpack[tiles, k // weight.shape.step](
-        weight.words, weight.high, weight.headers, weight.shifts, out, weight.n,
-        **dict(unpack_kernel(weight.shape, tiled=tiled, portable=True).constants),
-    )  # fmt: skip
-    return out
+def operands(weight: PackedMatrix) -> torch.Tensor:
+    """Row by row, with those that fill the last tile."""
+    tiles, steps = -(-weight.n // 64), K // 64
+    out = torch.full((tiles * 64 * K,), torch.nan, dtype=weight.operand)
+    constants = dict(unpack_kernel(weight.shape, portable=True).constants)
+    unpack[tiles, K // weight.shape.step](
+        weight.words, weight.high, weight.headers, weight.shifts, out, **constants
+    )
+    return out.view(tiles, steps, 64, 64).transpose(1, 2).reshape(tiles * 64, K).double()
 
 
 def unpacked(name: str, step: int = 0) -> dict[str, float]:
-    """Row by row and in tiles the same numbers, those of float64 but for rounding, and of a slab its rows."""
-    n, k = 136, 512
-    weight, exact = weight_of(name, n, k, step)
-    rows = operands(weight, tiled=False)
-    tiles = operands(weight, tiled=True).view(3, k // 64, 64, 64).transpose(1, 2).reshape(192, k)
-    slab = operands(rows_of(weight, 64, 136), tiled=False)
-    error = float((rows[:n].double() - exact).norm() / exact.norm())
-    differing = int((rows[:n] != tiles[:n]).sum()) + int((rows[64:n] != slab[:72]).sum())
-    beyond = int((~torch.isnan(rows[n:])).sum())  # nothing is written where there is no row
-    return {"error": error, "differing": differing + beyond}
-
-
-def products(chunks: int, count: int) -> dict[str, float]:
-    """Q4_K's steps piece by piece beside whole: the same bits. The interpreter's sums have the same order."""
-    n, k, tokens = 136, 1024, 19
-    weight, exact = weight_of("Q4_K", n, k)
-    weight = dataclasses.replace(weight, shape=dataclasses.replace(weight.shape, chunks=chunks))
-    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(2)).half()
-    tile = Tile(rows=128, tokens=16, warps=4, stages=2)
-    whole, cut = torch.full((2, tokens, n), torch.nan)
-    linear[2, 2, 1](
-        weight.words, weight.high, weight.headers, weight.shifts, x, whole, whole, NONE, whole, whole, n,
-        tokens, n, whole, NONE, NONE, whole, 0,
-        **dict(Variant(shape=weight.shape, tile=tile, portable=True).kernel().constants),
-    )  # fmt: skip
-    constants = pieces_kernel(weight.shape, tile, count, torch.float32, portable=True).constants
-    pieces[2, 2](weight.words, weight.headers, x, cut, n, tokens, n, **dict(constants))
-    wanted = x.double() @ exact.T
-    return {
-        "error": float((cut.double() - wanted).norm() / wanted.norm()),
-        "differing": int((cut.view(torch.int32) != whole.view(torch.int32)).sum()),
-    }
+    """Those of float64 but for rounding; nothing where there is no row; and of some tiles their own."""
+    fmt = BY_NAME[name]
+    rows = random_rows(fmt, N, K, 7)
+    shape, data = pack(Matrix(name, fmt, N, K, rows), step)
+    weight = upload(shape, N, torch.from_numpy(data))
+    exact = torch.from_numpy(fmt.dequantize_rows(rows)).double()
+    found = operands(weight)
+    some = operands(tiles_of(weight, 1, 3))
+    differing = int((some != found[64:]).sum()) + int((found[N:] != 0).sum())
+    return {"error": float((found[:N] - exact).norm() / exact.norm()), "differing": differing}
 
 
 if __name__ == "__main__":
     np.seterr(all="ignore")
-    formats = ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0")
-    found = {name: unpacked(name) for name in formats}
-    found |= {f"{name} by half": unpacked(name, 128) for name in ("Q4_K", "Q5_K")}
-    found |= {
-        f"{count} pieces, {chunks} chunks": products(chunks, count) for count in (2, 4) for chunks in (1, 2)
-    }
-    print(json.dumps(found))
+    cases = (case.split("/") for case in sys.argv[1:])
+    print(json.dumps({"/".join(case): unpacked(case[0], *map(int, case[1:])) for case in cases}))

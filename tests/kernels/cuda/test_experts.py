@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import under_interpreter
+from recorded_launches import Launch
 
 from gpu_codegen import Codegen, assembled, disorder, inspect_all
 from gpu_weights import random_rows
-from kernels.cuda.test_variants import Launch
 from worker_orcd import quant
 from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Glu, Matrix

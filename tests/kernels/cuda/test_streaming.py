@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_launches import Recorder, packed
 
 from gpu_codegen import Codegen, assembled, inspect_all
-from kernels.cuda.test_variants import Launch, packed
 from worker_orcd.kernels.backend import Glu
 from worker_orcd.kernels.cuda import streaming
-from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 from worker_orcd.kernels.cuda.launch import Products
 from worker_orcd.kernels.cuda.streaming import STREAMED, can_stream, stream_tile, tile_for
 from worker_orcd.kernels.cuda.variants import (
@@ -106,24 +105,19 @@ def test_one_token_launches_a_program_for_its_rows_and_none_for_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(streaming, "can_stream", lambda _: True)
-    made: list[Launch] = []
-
-    def compile(kernel: Kernel, capability: int) -> Launch:
-        made.append(Launch(kernel, capability))
-        return made[-1]
-
-    products = Products(Kernels(torch.device("cpu"), 90, compile))
+    recorder = Recorder()
+    products = Products(recorder.kernels())
     weight = packed("Q4_K", 200, 2048)
     products.reserve(weight)
     x, out = torch.zeros(2, 2048, dtype=torch.float16), torch.zeros(2, 200)
     products.linear(x[:1], weight, out[:1], residual=out[:1])
     products.linear(x, weight, out, residual=out)
-    one, two = made
+    one, two = recorder.made
     assert (one.kernel.module, one.kernel.gluon, two.kernel.module) == ("linear_stream", True, "linear")
     assert weight.shape.chunks > 1
-    [(grid, values)] = one.calls
+    [(grid, _)] = one.calls
     assert grid == (13, 1, 1)  # 200 rows, 16 each
-    names = dict(zip([name for name, _ in one.kernel.arguments], values, strict=False))
+    names = one.arguments()
     assert (names["w"], names["s"]) == (weight.words.data_ptr(), weight.headers.data_ptr())
     assert (names["x"], names["y"], names["residual"]) == (x.data_ptr(), out.data_ptr(), out.data_ptr())
     constants = dict(one.kernel.constants)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from recorded_launches import Recorder, packed
 
 from gpu_weights import packed_tiles, random_rows
 from worker_orcd import quant
 from worker_orcd.errors import UnsupportedFormat
 from worker_orcd.kernels.backend import Glu, Matrix
-from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
 from worker_orcd.kernels.cuda.launch import Products
 from worker_orcd.kernels.cuda.variants import (
     CAPABILITIES,
@@ -34,7 +34,6 @@ from worker_orcd.kernels.cuda.weights import (
     alike,
     alternate,
     pack,
-    upload,
 )
 from worker_orcd.quant import WeightFormat
 
@@ -88,12 +87,6 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 
 
 # -- weights -----------------------------------------------------------------------------------------------
-
-
-def packed(name: str, n: int, k: int) -> PackedMatrix:
-    fmt = quant.BY_NAME[name]
-    shape, data = pack(Matrix("w", fmt, n, k, random_rows(fmt, n, k)))
-    return upload(shape, n, torch.from_numpy(data))
 
 
 @each_format
@@ -219,29 +212,9 @@ def test_alternating_moves_whole_groups() -> None:
 # -- launches: the arguments, without a GPU ----------------------------------------------------------------
 
 
-class Launch:
-    """Takes the place of a compiled kernel."""
-
-    def __init__(self, kernel: Kernel, capability: int) -> None:
-        self.kernel = kernel
-        self.calls: list[tuple[tuple[int, int, int], tuple[object, ...]]] = []
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Launch:
-        self.grid = grid
-        return self
-
-    def __call__(self, *arguments: object) -> None:
-        self.calls.append((self.grid, arguments))
-
-
 def test_a_launch_has_an_argument_for_every_parameter() -> None:
-    made: list[Launch] = []
-
-    def compile(kernel: Kernel, capability: int) -> Launch:
-        made.append(Launch(kernel, capability))
-        return made[-1]
-
-    products = Products(Kernels(torch.device("cpu"), 90, compile))
+    recorder = Recorder()
+    products = Products(recorder.kernels())
     weight = packed("Q4_0", 200, 2048)
     products.reserve(weight)
     x, out = torch.zeros(20, 2048, dtype=torch.float16), torch.zeros(20, 200)
@@ -249,7 +222,7 @@ def test_a_launch_has_an_argument_for_every_parameter() -> None:
         products.linear(
             x, weight, out, residual=out, tile=Tile(rows=64, tokens=16, warps=4, stages=2, split=True)
         )
-    [launch] = made  # compiled once
+    [launch] = recorder.made  # compiled once
     assert [grid for grid, _ in launch.calls] == [(4, 2, weight.shape.chunks)] * 2
     parameters = [name for name, _ in launch.kernel.arguments + launch.kernel.constants]
     names = dict(zip(parameters, launch.calls[0][1], strict=True))
@@ -261,13 +234,8 @@ def test_a_launch_has_an_argument_for_every_parameter() -> None:
 
 
 def test_a_gated_product_knows_what_it_is_given() -> None:
-    made: list[Launch] = []
-
-    def compile(kernel: Kernel, capability: int) -> Launch:
-        made.append(Launch(kernel, capability))
-        return made[-1]
-
-    products = Products(Kernels(torch.device("cpu"), 90, compile))
+    recorder = Recorder()
+    products = Products(recorder.kernels())
     weight = packed("Q4_0", 144, 128)
     paired = dataclasses.replace(weight, paired=True)
     x = torch.zeros(3, 128, dtype=torch.float16)
@@ -275,11 +243,11 @@ def test_a_gated_product_knows_what_it_is_given() -> None:
     products.linear(x, paired, half, glu=Glu.GEGLU)
     products.linear(x, paired, out)
     products.linear(x, weight, out)
-    constants = [dict(launch.kernel.constants) for launch in made]
+    constants = [dict(launch.kernel.constants) for launch in recorder.made]
     assert [(one["PAIRED"], one["GLU"]) for one in constants] == [(True, "geglu"), (True, ""), (False, "")]
-    assert [dict(launch.kernel.arguments)["y"] for launch in made] == ["*fp16", "*fp32", "*fp32"]
-    assert [launch.kernel.aligned for launch in made] == [("n",), ("n", "stride"), ("n", "stride")]
-    assert [launch.kernel.fused for launch in made] == [False, True, True]
+    assert [dict(launch.kernel.arguments)["y"] for launch in recorder.made] == ["*fp16", "*fp32", "*fp32"]
+    assert [launch.kernel.aligned for launch in recorder.made] == [("n",), ("n", "stride"), ("n", "stride")]
+    assert [launch.kernel.fused for launch in recorder.made] == [False, True, True]
     with pytest.raises(ValueError, match="gates"):
         products.linear(x, weight, half, glu=Glu.SWIGLU)
     with pytest.raises(ValueError, match="no residual"):
@@ -291,7 +259,7 @@ def test_a_gated_product_knows_what_it_is_given() -> None:
 
 
 def test_a_split_product_needs_room_for_its_parts() -> None:
-    products = Products(Kernels(torch.device("cpu"), 90, Launch))
+    products = Products(Recorder().kernels())
     weight = packed("Q4_0", 64, 4096)
     assert weight.shape.chunks > 1
     products.reserve(weight, 4)

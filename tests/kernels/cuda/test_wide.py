@@ -1,207 +1,277 @@
-"""The experiments with many tokens: what can be said of them without a GPU."""
+"""Products of many tokens by TMA: which they are, what they launch, and what the compiler makes of them.
+
+Their bits are compared with `linear`'s on a GPU: `gpu_wide.py --only same`, `gpu_model.py --only tiny`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import argparse
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import under_interpreter
+from recorded_launches import Launch, Recorder, packed
 
+import gpu_session
 import gpu_wide
-import wide_ways
-from worker_orcd.kernels.cuda.compiler import Kernel, Kernels
+from worker_orcd.kernels.backend import Glu
+from worker_orcd.kernels.cuda import wide
+from worker_orcd.kernels.cuda.compiler import Box, Kernel, Kernels
 from worker_orcd.kernels.cuda.launch import Products
-from worker_orcd.kernels.cuda.variants import shape_of
+from worker_orcd.kernels.cuda.variants import FORMATS, Shape, shape_of
+from worker_orcd.kernels.cuda.wide import NARROW, WIDE, cut_for, tiles_of, unpack_kernel
 
-CASES = (
-    "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "Q4_K by half", "Q5_K by half", "2 pieces, 1 chunks",
-    "2 pieces, 2 chunks", "4 pieces, 1 chunks", "4 pieces, 2 chunks",
-)  # fmt: skip
+PACKED = tuple(name for name in FORMATS if name not in ("F32", "F16", "BF16"))
+CASES = (*PACKED, "Q4_K/128", "Q5_K/128")
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton is installed, or none."""
+    monkeypatch.setattr(wide, "can_stream", lambda capability: capability == 90)
+
+
+# -- which products ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "k", "tokens", "wanted"),
+    [
+        ("Q4_K", 16384, 3072, 256, None),
+        ("Q4_K", 16384, 3072, 512, WIDE),
+        ("Q4_K", 16384, 3072, 4096, WIDE),
+        ("Q4_K", 9216, 3072, 512, NARROW),  # two chunks
+        ("Q4_K", 3072, 8192, 512, NARROW),
+        ("Q6_K", 3072, 8192, 256, None),
+        ("Q4_K", 896, 4864, 1024, None),  # 56 tiles, and a sum is long
+        ("Q4_K", 896, 4864, 2048, NARROW),
+        ("Q6_K", 896, 4864, 512, NARROW),
+        ("Q5_0", 896, 896, 4096, None),  # small
+        ("Q5_0", 9728, 896, 512, None),  # quickly made where they are wanted
+        ("Q5_0", 9728, 896, 1024, NARROW),  # 5 rounds of tiles instead of 3 twice as large
+        ("Q5_0", 9728, 896, 2048, WIDE),
+        ("Q8_0", 5120, 2880, 512, NARROW),
+        ("MXFP4", 16384, 3072, 2048, None),
+        ("MXFP4", 16384, 3072, 4096, WIDE),
+        ("F16", 16384, 3072, 128, NARROW),  # nothing has to be made
+        ("F32", 16384, 3072, 4096, None),
+        ("Q4_K", 16376, 3072, 4096, None),  # rows are no multiple of 16
+        ("Q4_0", 16384, 3104, 4096, None),  # nor columns of 64
+    ],
+)
+def test_those_that_were_faster(name: str, n: int, k: int, tokens: int, wanted: object) -> None:
+    shape = shape_of(name, n, k)
+    assert cut_for(shape, n, tokens, 90) == wanted
+    assert cut_for(shape, n, tokens, 80) is None
+
+
+def test_chunks_end_where_steps_do() -> None:
+    """Neither kernel begins a sum within a step."""
+    shape = Shape(format="Q4_0", k=3072, step=32, chunks=32, aligned=True)  # a chunk of 96 columns
+    assert not wide.can_be_wide(shape, 90)
+    assert wide.can_be_wide(replace(shape, chunks=16), 90)
+
+
+# -- launches ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand for themselves: what they become needs Triton."""
+    monkeypatch.setattr(Box, "descriptor", lambda self: self)
+
+
+def launched(recorder: Recorder, function: str) -> Launch:
+    [found] = [one for one in recorder.made if one.kernel.function == function]
+    return found
+
+
+@pytest.mark.usefixtures("boxes")
+def test_weights_are_unpacked_and_then_multiplied() -> None:
+    recorder = Recorder()
+    products = Products(recorder.kernels())
+    weight = packed("Q4_K", 4096, 512, paired=True)
+    weight = replace(weight, shape=replace(weight.shape, chunks=1))
+    products.reserve(weight, 1024)
+    x, out = torch.zeros(1024, 512, dtype=torch.float16), torch.zeros(1024, 2048, dtype=torch.float16)
+    products.linear(x, weight, out, glu=Glu.SWIGLU)
+    unpack, product = launched(recorder, "unpack"), launched(recorder, "wide")
+    assert recorder.made == [unpack, product]
+    assert unpack.calls[0][0] == (64, 2, 1)
+    given = product.arguments()
+    told = [given[name] for name in ("first", "rows", "n", "tokens", "stride")]
+    assert told == [0, 4096, 4096, 1024, 2048]
+    assert (given["w"].matrix.shape, given["w"].rows) == ((64 * 8 * 64, 64), 64)
+    assert given["w"].matrix.data_ptr() == unpack.arguments()["out"]
+    assert given["x"].matrix is x and given["y"] == out.data_ptr()
+    constants = dict(product.kernel.constants)
+    assert (constants["GLU"], constants["PAIRED"], constants["CHUNKS"]) == ("swiglu", True, 1)
+    tiles = 32 * 1024 // constants["TOKENS"]
+    assert product.calls[0][0] == (min(132, tiles), 1, 1)
+    assert not product.kernel.fused and product.kernel.registers == 168
+
+
+@pytest.mark.usefixtures("boxes")
+def test_a_weight_that_does_not_fit_comes_in_slabs() -> None:
+    recorder = Recorder()
+    products = Products(recorder.kernels(), wide_bytes=5 * 64 * 1024 * 2)  # four tiles: programs take two
+    weight = packed("Q8_0", 592, 1024)
+    products.wide.make_room(weight)
+    assert products.wide.scratch_bytes == 4 * 64 * 1024 * 2
+    x, out = torch.zeros(512, 1024, dtype=torch.float16), torch.zeros(512, 592)
+    products.linear(x, weight, out, bias=out, residual=out, tile=NARROW)
+    unpack, product = launched(recorder, "unpack"), launched(recorder, "wide")
+    slabs = [(one["first"], one["rows"]) for one in map(product.arguments, range(len(product.calls)))]
+    assert slabs == [(0, 256), (256, 256), (512, 80)]  # each row once, whole tiles, as equal as can be
+    assert [grid for grid, _ in unpack.calls] == [(4, 8, 1), (4, 8, 1), (2, 8, 1)]
+    words = weight.words.element_size() * len(weight.words) // 10  # of a tile
+    starts = [unpack.arguments(call)["w"] - weight.words.data_ptr() for call in range(3)]
+    assert starts == [0, 4 * words, 8 * words]
+    assert {one["n"] for one in map(product.arguments, range(3))} == {592}  # where outputs lie is the whole's
+
+
+@pytest.mark.usefixtures("boxes")
+def test_float16_is_multiplied_as_it_lies() -> None:
+    recorder = Recorder()
+    products = Products(recorder.kernels())
+    weight = packed("F16", 192, 128)
+    products.wide.make_room(weight)
+    assert products.wide.scratch_bytes == 0
+    x, out = torch.zeros(300, 128, dtype=torch.float16), torch.zeros(300, 200)[:, :192]
+    products.linear(x, weight, out, tile=WIDE)
+    [product] = recorder.made
+    given = product.arguments()
+    assert given["w"].matrix.data_ptr() == weight.words.data_ptr()
+    assert (given["stride"], product.kernel.aligned) == (200, ("n", "first"))
+
+
+def test_without_room_nothing_is_launched() -> None:
+    recorder = Recorder()
+    weight = packed("Q8_0", 192, 128)
+    x, out = torch.zeros(300, 128, dtype=torch.float16), torch.zeros(300, 192)
+    with pytest.raises(ValueError, match="192 rows needs more scratch memory: see reserve"):
+        Products(recorder.kernels()).linear(x, weight, out, tile=WIDE)
+    assert recorder.made == []
+
+
+def test_room_is_taken_for_what_may_be_wide_and_no_more() -> None:
+    kernels = Recorder().kernels()
+    products = Products(kernels)
+    weight = packed("Q4_K", 4096, 512)
+    products.reserve(weight, 256)
+    assert products.wide.scratch_bytes == 0
+    products.reserve(weight, 512)
+    assert products.wide.scratch_bytes == 2 * 4096 * 512
+    products.reserve(packed("Q4_K", 2048, 512), 4096)
+    assert products.wide.scratch_bytes == 2 * 4096 * 512
+    assert Products(Recorder().kernels(80)).wide.scratch_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "MXFP4", "F32"])
+def test_tiles_of_a_weight_are_views_of_it(name: str) -> None:
+    weight = packed(name, 200, 512)
+    some = tiles_of(weight, 1, 4)
+    assert some.n == 136
+    assert some.words.untyped_storage().data_ptr() == weight.words.untyped_storage().data_ptr()
+    layout, shape = weight.shape.layout, weight.shape
+    of_136 = layout.sections(136, 512, shape.step)
+    assert len(some.words) == of_136.words
+    assert len(some.headers) == (of_136.headers or of_136.words)
+
+
+# -- what the compiler makes of them -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, float]]:
+def unpacked() -> dict[str, dict[str, float]]:
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    return under_interpreter.run("interpreted_wide.py")
+    return under_interpreter.run("interpreted_wide.py", *CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_the_interpreter_finds_the_same_numbers(found: dict[str, dict[str, float]], case: str) -> None:
-    assert found[case]["differing"] == 0
-    assert 0 < found[case]["error"] < 2e-3
-    assert set(found) == set(CASES)
+def test_the_interpreter_unpacks_what_the_format_says(
+    unpacked: dict[str, dict[str, float]], case: str
+) -> None:
+    assert unpacked[case]["differing"] == 0
+    assert unpacked[case]["error"] < 1e-3  # of float16; bfloat16 holds MXFP4 exactly
 
 
 @pytest.mark.slow
-def test_a_kernel_of_each_kind_compiles_without_a_fault() -> None:
+def test_no_kernel_has_a_fault() -> None:
+    """The largest of each kind; `gpu_wide.py --compile` looks at all."""
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    kinds = {
-        kernel.function: kernel for kernel in gpu_wide.kernels_of(["plain", "product", "apart", "fused"])
-    }
-    assert {"linear", "unpack", "pieces", "product", "apart", "fused"} == set(kinds)
-    for kernel in kinds.values():
-        assert gpu_wide.inspect(kernel) == ""
+    kernels = list(gpu_wide.shipped())
+    wide_ones = [one for one in kernels if one.function == "wide"]
+    unpacking = [one for one in kernels if dict(one.constants).get("FORMAT") in ("Q2_K", "Q6_K")]
+    fp8 = [one for one in wide_ones if ("cache", "*u8") in one.arguments and ("TOKENS", 256) in one.constants]
+    ends = [one for one in wide_ones if ("RESIDUAL", True) in one.constants]
+    assert (len(unpacking), len(fp8), len(ends)) == (2, 2, 4)
+    assert [text for one in (*unpacking, fp8[0], *ends[:2]) if (text := gpu_wide.inspect(one))] == []
 
 
-def test_what_cannot_be_compiled_is_said() -> None:
+def test_a_fault_is_told() -> None:
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
-    (kernel, *_) = (one for one in gpu_wide.kernels_of(["product"]) if one.function == "product")
-    broken = gpu_wide.with_constants(kernel, STAGES=1000)
-    assert "product" in gpu_wide.inspect(broken)
+    kernel = unpack_kernel(replace(shape_of("Q8_0", 128, 256), k=200))  # no whole steps
+    assert gpu_wide.inspect(kernel).startswith("unpack FORMAT Q8_0: CompileTimeAssertionFailure")
 
 
-def test_every_way_of_a_run_is_among_the_kernels_that_are_compiled() -> None:
-    names = {kernel.function for kernel in gpu_wide.kernels_of(["plain"])}
-    assert names == {"linear", "unpack", "pieces"}
-    assert {kernel.function for kernel in gpu_wide.kernels_of(["fused"])} == {"linear", "fused"}
+# -- the script that compares bits -------------------------------------------------------------------------
 
 
-def test_chunks_end_where_the_steps_of_the_others_do() -> None:
-    """So no way has to begin a sum within a step."""
-    for name, n, k, _, _ in gpu_wide.SHAPES:
-        shape = shape_of(name, n, k)
-        assert k % (256 * shape.chunks) == 0 or shape.format != "Q4_K"
-        assert k % (gpu_wide.STEP * shape.chunks) == 0
+class Silent(gpu_session.Session):
+    """On the CPU, where every kernel writes the same ones, but for those that `spoil` says."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path, spoil: str = "") -> None:
+        monkeypatch.setattr(gpu_session, "stamp", lambda commit: {"capability": 90})
+        monkeypatch.setattr(gpu_wide, "matmul_teraflops", lambda n, k, tokens: 500.0)
+        monkeypatch.setattr(gpu_session, "graph_microseconds", lambda runs, _: 10.0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        super().__init__(argparse.Namespace(commit="abc", out=out))
+        self.device = torch.device("cpu")
+        self.kernels = Kernels(self.device, 90, Launch)
+        self.spoil = spoil
+        monkeypatch.setattr(self.kernels, "launch", self.written)
 
-class Notes:
-    """In a session's place."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.failed: list[str] = []
-        self.kept: dict[str, Any] = {}
-
-    def say(self, line: str, *, ok: bool = True) -> None:
-        (self.lines if ok else self.failed).append(line)
-
-    def keep(self, name: str, value: Any) -> None:
-        self.kept[name] = list(value)
-
-    def guarded(self, name: str, work: Callable[[], None]) -> None:
-        work()
+    def written(self, kernel: Kernel, grid: Any, *values: Any) -> None:
+        names = [name for name, _ in kernel.arguments]
+        if "y" in names:
+            values[names.index("y")].fill_(2 if kernel.function == self.spoil else 1)
 
 
 @pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
-    """There is no GPU: every kernel writes ones, but those that take pieces of steps write twos."""
-
-    def launch(kernels: Kernels, kernel: Kernel, grid: Any, *values: Any) -> None:
-        assert len(values) == len(kernel.arguments)
-        names = [name for name, _ in kernel.arguments]
-        if "y" in names:
-            values[names.index("y")].fill_(2 if kernel.function == "pieces" else 1)
-
-    monkeypatch.setattr(Kernels, "launch", launch)
-    monkeypatch.setattr(wide_ways, "descriptor", lambda matrix, *_: matrix)
-    monkeypatch.setattr(gpu_wide, "graph_microseconds", lambda runs, _: [run() for run in runs] and 10.0)
-    monkeypatch.setattr(gpu_wide, "matmul_teraflops", lambda *_: 100.0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu_wide, "SHAPES", (("Q4_K", 512, 512, 1, torch.float16),))
-    monkeypatch.setattr(gpu_wide, "CHECKED_ROWS", 192)
-    monkeypatch.setattr(gpu_wide, "TOKENS", (300,))
-    monkeypatch.setattr(gpu_wide, "CHECKED_TOKENS", (290,))
-    return Notes()
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_wide, "CHECKED", ("Q4_0", "F16"))
+    monkeypatch.setattr(gpu_wide, "CHECKED_TOKENS", (130,))
+    monkeypatch.setattr(gpu_wide, "END_TOKENS", (70,))
+    monkeypatch.setattr(gpu_wide, "HEAD_TOKENS", 40)
+    monkeypatch.setattr(gpu_wide, "FAST", (("Q8_0", 256, 128), ("Q4_K", 128, 2048)))
+    monkeypatch.setattr(gpu_wide, "FAST_TOKENS", (128, 256))
 
 
-def test_a_group_says_whose_bits_differ_and_times_all(notes: Notes) -> None:
-    group = gpu_wide.Group(notes, "plain", torch.device("cpu"))
-    group.check()
-    differing = {one["way"]: one["differing"] for one in notes.kept["bits"]}
-    assert {way[0] for way, words in differing.items() if words} == {"d"}
-    assert {way[0] for way, words in differing.items() if not words} == {"b"}
-    assert any("DIFFERS" in line for line in notes.failed)
-    group.measure(lambda: 10.0)
-    assert {one["way"] for one in notes.kept["times"]} == {"now", *differing}
-    assert all(one["torch"] == 100.0 for one in notes.kept["times"])
+@pytest.mark.usefixtures("few")
+def test_the_script_tells_bytes_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    session = Silent(monkeypatch, tmp_path / "good.json")
+    gpu_wide.check_same(session)
+    assert session.failures == 0
+    counts = session.results["same"]
+    assert set(counts) == {"narrow", "narrow, slabs", "wide", "wide, slabs"}
+    assert all(compared > 0 == differing for compared, differing in counts.values())
+    session = Silent(monkeypatch, tmp_path / "bad.json", spoil="wide")
+    gpu_wide.check_same(session)
+    told = [line for line in session.lines if line.startswith("DIFFERS")]
+    assert session.failures == len(told) > 40
+    assert any("heads" in line for line in told) and any("swiglu" in line for line in told)
 
 
-@pytest.mark.parametrize("kind", ["product", "apart", "fused"])
-def test_the_other_groups_go_through(notes: Notes, kind: str) -> None:
-    group = gpu_wide.Group(notes, kind, torch.device("cpu"))
-    group.check()
-    assert notes.failed == []
-    group.measure(lambda: 10.0)
-    assert len(notes.kept["times"]) == 1 + len(notes.kept["bits"]) > 2
-
-
-def test_a_group_without_time_left_stops(notes: Notes) -> None:
-    gpu_wide.Group(notes, "fused", torch.device("cpu")).measure(lambda: 1.0)
-    assert notes.lines == ["out of time"]
-    assert notes.kept == {}
-
-
-@pytest.mark.parametrize(("slab", "rows"), [(0, [192]), (2 * 512 * 256, [192]), (2 * 512 * 300, [192])])
-def test_slabs_of_few_rows_are_one(slab: int, rows: list[int]) -> None:
-    weight = gpu_wide.empty_matrix(shape_of("Q4_K", 192, 512), 192, torch.device("cpu"))
-    wide = gpu_wide.Wide(
-        Kernels(torch.device("cpu"), 90), Products(Kernels(torch.device("cpu"), 90)), 1 << 20
-    )
-    assert [some.n for _, some in wide.slabs(weight, slab)] == rows
-
-
-def test_slabs_are_all_rows_in_order_and_alike() -> None:
-    weight = gpu_wide.empty_matrix(shape_of("Q6_K", 1216, 512), 1216, torch.device("cpu"))
-    wide = gpu_wide.Wide(
-        Kernels(torch.device("cpu"), 90), Products(Kernels(torch.device("cpu"), 90)), 1 << 20
-    )
-    slabs = list(wide.slabs(weight, 2 * 512 * 600))
-    assert [(start, some.n) for start, some in slabs] == [(0, 512), (512, 512), (1024, 192)]
-    for part in ("words", "high", "headers"):
-        assert torch.equal(
-            torch.cat([getattr(some, part) for _, some in slabs]).view(torch.int16),
-            getattr(weight, part).view(torch.int16),
-        )
-
-
-def results(**times: float) -> dict[str, Any]:
-    lines = [
-        {"format": name, "n": n, "k": k, "tokens": 2048, "way": way, "microseconds": micro, "torch": 800.0,
-         "tflop_per_s": 400.0}
-        for name, n, k, count, _ in gpu_wide.SHAPES
-        if count
-        for way, micro in times.items()
-    ]  # fmt: skip
-    return {"plain": {"times": lines, "bits": []}}
-
-
-def test_the_table_has_the_fastest_first_and_a_whole_step() -> None:
-    found = results(now=100.0, **{"b slabs": 50.0, "c apart": 80.0})
-    lines = gpu_wide.table(found)
-    assert lines[0].startswith("Q4_K 16384x3072, 2048 tokens")
-    assert [line.split()[0] for line in lines[1:4]] == ["b", "c", "now"]
-    assert "50%" in lines[1]
-    assert lines[-1].startswith("Phi-3-mini's products, 2048 tokens: now 12.8 ms, b 6.4 ms, c apart 10.2 ms")
-
-
-def test_the_table_says_where_bits_differ() -> None:
-    found = results(now=100.0, e=50.0)
-    found["fused"] = {"bits": [{"shape": "Q4_K 16384x3072", "way": "e", "differing": 3}]}
-    lines = gpu_wide.table(found)
-    assert [line.endswith("BITS DIFFER") for line in lines[1:3]] == [True, False]
-
-
-def test_a_group_that_hangs_is_ended_and_what_it_found_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def command(args: Any, group: str, seconds: float) -> list[str]:
-        file = gpu_wide.result_file(args.out, group)
-        script = f"echo '{json.dumps({'bits': []})}' > {file}; " + (
-            "sleep 60" if group == "apart" else "exit 0"
-        )
-        return ["sh", "-c", f"exec 0<&-; {script}"]
-
-    monkeypatch.setattr(gpu_wide, "child_command", command)
-    monkeypatch.setattr(gpu_wide, "SECONDS", dict.fromkeys(gpu_wide.GROUPS, 1.0))
-    monkeypatch.setattr(gpu_wide, "SHORTEST", 0.5)
-    args = gpu_wide.arguments(["--out", str(tmp_path / "wide.json"), "--groups", "plain", "apart", "fused"])
-    found = gpu_wide.run_groups(args)
-    assert found["failed"] == 1
-    assert found["apart"] == {"exit": -1, "bits": []}
-    assert found["fused"]["exit"] == 0
-    assert json.loads(args.out.read_text()) == found
+@pytest.mark.usefixtures("few")
+def test_the_script_times_each_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    session = Silent(monkeypatch, tmp_path / "fast.json")
+    gpu_wide.measure(session)
+    ways = Counter(way for row in session.results["fast"] for way in row["microseconds"])
+    assert ways == {"linear": 4, "128 wide": 4, "256 wide": 2}
+    assert "us (linear); " in session.lines[0]

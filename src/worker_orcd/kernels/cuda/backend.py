@@ -29,6 +29,7 @@ from worker_orcd.kernels.backend import (
     Matrix,
     RopeParams,
 )
+from worker_orcd.kernels.cuda import wide
 from worker_orcd.kernels.cuda.cache_type import FP8
 from worker_orcd.kernels.cuda.compiler import FULL_OVERLAP, Kernels, prepare_triton
 from worker_orcd.kernels.cuda.draw_slab import MAX_VOCAB
@@ -378,8 +379,9 @@ class CudaBackend:
         activations = 6 * limits.max_tokens * (widths.widest + 64)
         logits = 2 * limits.max_rows * (widths.vocab_size + 64)
         angles = widths.angles * limits.longest
+        unpacked = min(wide.SCRATCH_BYTES, 2 * widths.widest**2)
         return Workspaces(
-            buffers_bytes=4 * (activations + logits + angles) + _SCRATCH_BYTES,
+            buffers_bytes=4 * (activations + logits + angles) + _SCRATCH_BYTES + unpacked,
             sampler_bytes=DeviceSampler.device_bytes(widths.vocab_size, limits.max_rows, limits.longest),
             graphs_bytes=GRAPH_BYTES,
         )

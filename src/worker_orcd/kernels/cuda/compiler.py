@@ -56,6 +56,7 @@ class Kernel:
     stages: int = 3
     fused: bool = True  # products may be fused with the sums they go into, as the compiler likes
     gluon: bool = False  # written in Gluon
+    registers: int = 0  # of a thread at most, where its warps share them out; else as the compiler likes
 
     @property
     def aligned_arguments(self) -> tuple[int, ...]:
@@ -66,6 +67,22 @@ class Kernel:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A matrix of 16-bit numbers, of which a kernel moves `rows` x 64 at a time."""
+
+    matrix: torch.Tensor
+    rows: int
+
+    def descriptor(self) -> Any:
+        """What a launch is given."""
+        layouts = importlib.import_module("triton.experimental.gluon.language._layouts")
+        hopper = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+        layout = layouts.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        return hopper.TensorDescriptor.from_tensor(self.matrix, [self.rows, 64], layout)
+
+
+Argument = torch.Tensor | Box | int | float
 FEW = 4  # kernels that are not worth a process
 READING = 0.02  # seconds that a kernel in Triton's cache may take
 PATIENCE = 1.0  # and that they may take in all beside
@@ -87,12 +104,14 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
         constexprs=dict(kernel.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in kernel.aligned_arguments},
     )
-    options = {
+    options: dict[str, Any] = {
         "num_warps": kernel.warps,
         "num_stages": kernel.stages,
         "enable_fp_fusion": kernel.fused,
         "launch_pdl": dict(kernel.constants).get("OVERLAP", 0) > 0,
     }
+    if kernel.registers:
+        options["maxnreg"] = kernel.registers
     return triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -220,18 +239,26 @@ class Kernels:
                 job.result()
                 on_progress(done + 1, len(kernels))
 
-    def launch(self, kernel: Kernel, grid: Grid, *arguments: torch.Tensor | int | float) -> None:
+    def launch(self, kernel: Kernel, grid: Grid, *arguments: Argument) -> None:
         """`arguments` as the kernel names them; tensors on this device.
 
         They start at multiples of 16 bytes, but for the kernel's `loose` ones.
         """
-        values = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
-        if len(values) != len(kernel.arguments):
-            raise ValueError(f"{kernel.function} takes {len(kernel.arguments)} arguments, not {len(values)}")
+        if len(arguments) != len(kernel.arguments):
+            raise ValueError(
+                f"{kernel.function} takes {len(kernel.arguments)} arguments, not {len(arguments)}"
+            )
         if self._collected is not None:
             self._collected[kernel] = None
             return
+        values = [_value(one) for one in arguments]
         self.compiled(kernel)[grid](*values, *[None] * len(kernel.constants))
+
+
+def _value(argument: Argument) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return argument.descriptor() if isinstance(argument, Box) else argument
 
 
 def _compile_for_cache(compiler: Compile, kernel: Kernel, capability: int) -> None:

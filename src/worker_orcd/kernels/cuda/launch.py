@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from worker_orcd.kernels.cuda.variants import (
     most_split_tokens,
 )
 from worker_orcd.kernels.cuda.weights import PackedMatrix
+from worker_orcd.kernels.cuda.wide import SCRATCH_BYTES, Cut, WideProducts, cut_for
 
 _OUT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _COUNTERS = 1 << 14  # row tiles times token tiles of a split product
@@ -73,18 +75,21 @@ def _columns(weight: PackedMatrix, glu: Glu | None, heads: HeadsTo | None) -> in
 class Products:
     """Matrix products on the current stream of one device. They share scratch memory: one at a time."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, wide_bytes: int = SCRATCH_BYTES) -> None:
+        """`wide_bytes`: see `WideProducts`."""
         self._kernels, device = kernels, kernels.device
         self._device = device
         self._partials = torch.empty(0, dtype=torch.float32, device=device)
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        self.wide = WideProducts(kernels, wide_bytes)
 
     @property
     def scratch_bytes(self) -> int:
-        return self._partials.nbytes + self._counters.nbytes
+        return self._partials.nbytes + self._counters.nbytes + self.wide.scratch_bytes
 
     def reserve(self, weight: PackedMatrix, tokens: int = MAX_SPLIT_TOKENS) -> None:
-        """Room for the parts of `weight`'s products of up to `tokens`. Before any graph is captured."""
+        """Scratch memory for `weight`'s products of up to `tokens`. Before any graph is captured."""
+        self.wide.reserve(weight, tokens)
         self.make_room(weight.shape.chunks * min(tokens, most_split_tokens(weight.shape)) * weight.n)
 
     def make_room(self, num_parts: int) -> None:
@@ -102,7 +107,7 @@ class Products:
         residual: torch.Tensor | None = None,
         glu: Glu | None = None,
         heads: HeadsTo | None = None,
-        tile: Tile | None = None,
+        tile: Tile | Cut | None = None,
     ) -> torch.Tensor:
         """`out` (tokens, n) = x (tokens, k) @ weight.T, then + bias (n,), then + residual (tokens, n).
 
@@ -111,14 +116,13 @@ class Products:
         of the columns. x is contiguous; rows of out and residual may be further apart than they are long, by
         the same distance. All on this device.
         """
-        tokens, n = len(x), weight.n
+        tokens, n, capability = len(x), weight.n, self._kernels.capability
         if glu is not None and (residual is not None or not weight.paired):
             raise ValueError("a gated unit needs a weight of gates and what goes with them, and no residual")
         if out.shape != (tokens, _columns(weight, glu, heads)):
             raise ValueError(f"{tokens} tokens, a weight of {n} rows: out is {tuple(out.shape)}")
-        tile = tile or tile_for(weight.shape, n, tokens, self._kernels.capability)
-        if tile.split and weight.shape.chunks * tokens * n > len(self._partials):
-            raise ValueError(f"a split product of {tokens} tokens needs more scratch memory: see reserve")
+        tile = tile or cut_for(weight.shape, n, tokens, capability)
+        tile = tile or tile_for(weight.shape, n, tokens, capability)
         epilogue = Epilogue(
             bias=bias is not None,
             residual=residual is not None,
@@ -128,20 +132,42 @@ class Products:
             store=None if heads is None else heads.store,
             out=_OUT[out.dtype],
         )
-        odd = out.stride(0) % 16 != 0
+        rest = (
+            out if bias is None else bias,
+            out if residual is None else residual,
+            *(_nowhere(out) if heads is None else heads.arguments),
+        )
+        if isinstance(tile, Cut):
+            self.wide.run(x, weight, out, tile, epilogue, rest)
+        else:
+            self._by_tile(x, weight, out, tile, epilogue, rest)
+        return out
+
+    def _by_tile(
+        self,
+        x: torch.Tensor,
+        weight: PackedMatrix,
+        out: torch.Tensor,
+        tile: Tile,
+        epilogue: Epilogue,
+        rest: Sequence[torch.Tensor | int],
+    ) -> None:
+        """`rest`: the kernel's bias and residual, and what is behind its `stride`."""
+        tokens, n, chunks = len(x), weight.n, weight.shape.chunks
+        if tile.split and chunks * tokens * n > len(self._partials):
+            raise ValueError(f"a split product of {tokens} tokens needs more scratch memory: see reserve")
+        bias, residual, *ends = rest
         variant = Variant(
             shape=weight.shape,
             tile=tile,
             epilogue=epilogue,
-            odd_stride=odd,
+            odd_stride=out.stride(0) % 16 != 0,
             overlap=self._kernels.overlap.product if tokens <= OVERLAPPING_TOKENS else 0,
         )
-        grid = -(-n // tile.rows), -(-tokens // tile.tokens), weight.shape.chunks if tile.split else 1
+        grid = -(-n // tile.rows), -(-tokens // tile.tokens), chunks if tile.split else 1
         self._kernels.launch(
             variant.kernel(), grid,
             weight.words, weight.high, weight.headers, weight.shifts, x, out,
-            self._partials if tile.split else out, self._counters,
-            out if bias is None else bias, out if residual is None else residual,
-            n, tokens, out.stride(0), *(_nowhere(out) if heads is None else heads.arguments),
+            self._partials if tile.split else out, self._counters, bias, residual,
+            n, tokens, out.stride(0), *ends,
         )  # fmt: skip
-        return out

@@ -32,6 +32,7 @@ from worker_orcd.kernels.cuda.program import (
     Operation,
     RopeStore,
     Route,
+    Rows,
     Scale,
     Take,
 )
@@ -60,7 +61,8 @@ class KernelLauncher:
         positions = limits.max_blocks_per_row * limits.block_size
         for one in operations:
             if isinstance(one, Linear) and isinstance(one.weight, PackedMatrix):
-                self._products.reserve(one.weight, limits.max_tokens)
+                of_logits = one.x.rows is Rows.LOGITS
+                self._products.reserve(one.weight, limits.max_rows if of_logits else limits.max_tokens)
             elif isinstance(one, ExpertLinear):
                 self._experts.reserve(one.weight, limits.max_tokens, one.experts.width)
             elif isinstance(one, Attend):

@@ -108,6 +108,34 @@ class Epilogue:
     store: Store | None = None  # of a weight with heads
     out: str = "fp32"  # or fp16, bf16
 
+    @property
+    def fused(self) -> bool:
+        """Whether the compiler may fuse products with sums: `Kernel.fused`.
+
+        A gated unit has the bits that `elementwise` gives it, a rotated head those of `rope`.
+        """
+        return self.glu is None and self.store is None
+
+    def constants(self) -> dict[str, Any]:
+        """A kernel's compile-time parameters."""
+        return {
+            "PAIRED": self.paired,
+            "GLU": "" if self.glu is None else self.glu.value,
+            "BIAS": self.bias,
+            "RESIDUAL": self.residual,
+        }
+
+    def heads(self) -> dict[str, Any]:
+        """Likewise, of what is done with heads."""
+        store = self.store
+        return {
+            "HEAD": self.head,
+            "HEADS": 0 if store is None else store.num_heads,
+            "KV_HEADS": 0 if store is None else store.num_kv_heads,
+            "CACHE_BLOCK": 0 if store is None else store.cache_block,
+            "ROTATED": store is not None and store.rotated,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
@@ -138,22 +166,8 @@ class Variant:
             "TOKENS": tile.tokens,
             "STAGES": tile.stages,
             "UNROLL": tile.unroll,
-            "PAIRED": epilogue.paired,
-            "GLU": "" if epilogue.glu is None else epilogue.glu.value,
-            "BIAS": epilogue.bias,
-            "RESIDUAL": epilogue.residual,
+            **epilogue.constants(),
             "PORTABLE": self.portable,
-        }
-
-    def _heads(self) -> dict[str, Any]:
-        """Likewise, of what is done with heads."""
-        store = self.epilogue.store
-        return {
-            "HEAD": self.epilogue.head,
-            "HEADS": 0 if store is None else store.num_heads,
-            "KV_HEADS": 0 if store is None else store.num_kv_heads,
-            "CACHE_BLOCK": 0 if store is None else store.cache_block,
-            "ROTATED": store is not None and store.rotated,
         }
 
     def _arguments(self) -> dict[str, str]:
@@ -181,7 +195,7 @@ class Variant:
             arguments=tuple(arguments.items()),
             constants=(
                 *self.constants().items(),
-                *self._heads().items(),
+                *self.epilogue.heads().items(),
                 ("OVERLAP", self.overlap),
                 ("FLIGHT", self.tile.flight(self.shape.chunks)),
             ),
@@ -189,8 +203,7 @@ class Variant:
             loose=("positions", "slots"),
             warps=self.tile.warps,
             stages=self.tile.stages,
-            # A gated unit has the bits that `elementwise` gives it, a rotated head those of `rope`.
-            fused=self.epilogue.glu is None and self.epilogue.store is None,
+            fused=self.epilogue.fused,
         )
 
     def _streamed(self, arguments: dict[str, str]) -> Kernel:
@@ -204,11 +217,11 @@ class Variant:
             module="linear_stream",
             function="stream",
             arguments=tuple(arguments.items()),
-            constants=(*constants.items(), *self._heads().items(), ("OVERLAP", self.overlap)),
+            constants=(*constants.items(), *self.epilogue.heads().items(), ("OVERLAP", self.overlap)),
             aligned=("n", "stride") if self.shape.aligned and not self.odd_stride else (),
             loose=("positions", "slots"),
             warps=self.tile.warps,
-            fused=self.epilogue.glu is None and self.epilogue.store is None,
+            fused=self.epilogue.fused,
             gluon=True,
         )
 
