@@ -6,8 +6,9 @@ What the compiler makes of the CUDA backend's kernels, for any GPU, on a machine
 
 Needs Triton, which brings NVIDIA's assembler and disassembler. A line a kernel: registers, spills, shared
 memory, instructions a lane issues in the main loop for each weight, which matrix instructions. Ends with 1
-where a kernel spills, uses local memory, has its matrix instructions serialised without need, or where the
-kernels of a format do not all sum in the same order on one GPU.
+where a kernel spills, uses local memory, has its matrix instructions serialised without need, may write over
+weights that are being multiplied, or where the kernels of a format do not all sum in the same order on one
+GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gpu_hazards import overwritten
 from worker_orcd.kernels.cuda.variants import (
     CAPABILITIES,
     FORMATS,
@@ -54,6 +56,7 @@ class Codegen:
     widths: tuple[str, ...]  # kWidth: how the columns of a step are dealt to a matrix instruction
     from_registers: int  # wgmma with weights in registers
     warnings: tuple[str, ...]  # of the assembler: C75xx, serialised wgmma
+    overwritten: tuple[str, ...]  # products whose weights may be written over: see `gpu_hazards`
 
     @property
     def per_weight(self) -> float:
@@ -75,6 +78,8 @@ class Codegen:
             found.append(f"{self.shared} bytes of shared memory")
         if self.warnings:
             found.append(f"ptxas warns {self.warnings}")
+        if self.overwritten:
+            found.append(f"written before it was multiplied: {self.overwritten[0]}")
         if self.variant.tile.ahead:  # written so that weights are where a tensor core wants them
             return found
         if self.capability == 90 and self.matrix != "wgmma":
@@ -125,6 +130,7 @@ def inspect(variant: Variant, capability: int) -> Codegen:
         widths=tuple(sorted(set(re.findall(r"opIdx = 0[^}]*kWidth = (\d+)", gpu_ir)))),
         from_registers=len(re.findall(r"HGMMA\S* R\d+, R\d+, gdesc", sass)),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)))),
+        overwritten=tuple(overwritten(sass)),
     )
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from gpu_codegen import SHARED_BYTES, assembled
+from gpu_hazards import overwritten
 from gpu_session import Session, parser_of, run_parts
 from gpu_timing import LARGER_THAN_L2, matmul_teraflops
 from gpu_weights import packed_tiles
@@ -289,6 +290,7 @@ def inspect(kernel: Kernel) -> str:
         wrong.append("spills")
     if found := set(re.findall(r"C75\d\d", log)):
         wrong.append(f"ptxas warns {sorted(found)}")
+    wrong += overwritten(sass)
     if kernel.function == "wide" and "HGMMA" not in sass:
         wrong.append("no wgmma")
     if made.metadata.shared > SHARED_BYTES[CAPABILITY]:

@@ -14,6 +14,7 @@ import torch
 import under_interpreter
 
 from gpu_codegen import assembled
+from gpu_hazards import overwritten
 from worker_orcd.kernels.backend import AttentionParams, BatchInputs, LayerCache, Limits
 from worker_orcd.kernels.cuda.attend import (
     CAPACITY,
@@ -98,7 +99,8 @@ def test_the_compiler_spills_nothing(
     assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (cache == FP8 and native)
     if cut.padded:  # whole rows of 16 bytes are copied, and columns that are none are not
         assert not re.search(r"cp\.async\.ca\S* .*0x4", ptx) and "cp.async.cg" in ptx
-    log, _ = assembled(compiled, capability)
+    log, sass = assembled(compiled, capability)
+    assert overwritten(sass) == []
     most = SPILLED.get((capability, sum(cut.keys), cache == FP8), 0)
     assert all(int(size) <= most for size in re.findall(r"(\d+) bytes spill", log))
     assert "warning" not in log

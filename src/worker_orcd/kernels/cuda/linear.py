@@ -25,6 +25,7 @@ from worker_orcd.kernels.cuda.fp8 import stored
 from worker_orcd.kernels.cuda.overlap import release, wait
 
 _KEYS = tl.constexpr(KEY_SCALE)
+_SAME, _OUT1_IN1 = tl.constexpr("mov.b32 $0, $1;"), tl.constexpr("=f,f")
 
 
 @triton.jit
@@ -64,11 +65,24 @@ def chunk_sum(w, h, s, shifts, x, token_mask, tile, row, chunk, K: tl.constexpr,
             weights = load_weights(wp, hp, sp, row, half, at, PARTS, HEADER, HIGH)
             some = load_x(xp, token_mask, left, PLANES, WIDTH, TAIL)
             acc = multiply(acc, weights, shift, some, FORMAT, ROWS, WIDTH, PORTABLE)
+            acc = settled(acc, PORTABLE)
             wp, hp, sp = advanced(wp, hp, sp, at, WIDTH, SHARE, HEADER, PARTS)
             xp += STEP
             left -= STEP
     release(OVERLAP)
     return acc
+
+
+@triton.jit
+def settled(acc, PORTABLE: tl.constexpr):
+    """The sums, once tensor cores have read what they multiply.
+
+    Without it Triton lets the last product of a loop's turn go on into the next one, where weights for the
+    next product come into the very registers that it may still be reading. (`gpu_codegen.py` looks for that.)
+    """
+    if PORTABLE:
+        return acc
+    return tl.inline_asm_elementwise(_SAME, _OUT1_IN1, [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
