@@ -8,12 +8,13 @@ What a token costs on its way from the engine to a client: the worker's server w
 Engine, scheduler, event loop, application and sockets are the real ones, in a process of their own; in
 place of the model a runner recites text, a token a row, a step every `--step-ms`. The client is another
 process. Streams begin together; when all have had a token, everything is counted for `--seconds`. With
-`--tokens` whole jobs of so many are counted instead, from the first request to the last answer. CPU time is
-each thread's own (system calls included; `kernel us` is what they take of both), so that a busy machine
-changes it little; tokens a second it does change. `gap ms` is what 99 of 100 times between two reads of one
-stream stay below: a server that falls behind is cheap, since it writes many tokens at once, but it shows
-here. A token that has not come is not counted, though it was computed. Of chat and completions chunks are
-counted, which hold as many tokens as came at once: with `--burst-ms` use `--tokens`. Runs are alternated,
+`--tokens` whole jobs of so many are counted instead, from the first request to the last answer, `--batches`
+times; `begun ms` is how long it takes until the last of those that come together has its first token. CPU
+time is each thread's own (system calls included; `kernel us` is what they take of both), so that a busy
+machine changes it little; tokens a second it does change. `gap ms` is what 99 of 100 times between two reads
+of one stream stay below: a server that falls behind is cheap, since it writes many tokens at once, but it
+shows here. A token that has not come is not counted, though it was computed. Of chat and completions chunks
+are counted, which hold as many tokens as came at once: with `--burst-ms` use `--tokens`. Runs are alternated,
 and medians printed.
 """
 
@@ -277,11 +278,16 @@ async def measure(server: ServerProcess, size: int, args: argparse.Namespace) ->
         if args.tokens is not None:
             for stream in await start():  # once for what is done at first use
                 await stream.response()
+            jobs: list[list[Exchange]] = []
             begun = server.counts("begin")
-            streams = await start()
-            for stream in streams:
-                require((await stream.response()).status == 200, "a job was refused")
-            return figures(begun, server.counts("end"), size * args.tokens, [s.arrivals for s in streams])
+            for _ in range(args.batches):
+                jobs.append(await start())
+                for stream in jobs[-1]:
+                    require((await stream.response()).status == 200, "a job was refused")
+            count = args.batches * size * args.tokens
+            arrivals = [stream.arrivals for batch in jobs for stream in batch]
+            admitted = statistics.median(map(seconds_to_begin, jobs))
+            return figures(begun, server.counts("end"), count, arrivals) | {"begun ms": 1000 * admitted}
         streams = await start()
         for stream in streams:
             await stream.until_marks(3)
@@ -296,6 +302,11 @@ async def measure(server: ServerProcess, size: int, args: argparse.Namespace) ->
     tokens = sum(b[0] - a[0] for a, b in zip(before[1], after[1], strict=True))
     arrivals = [s.arrivals[a[1] : b[1]] for s, a, b in zip(streams, before[1], after[1], strict=True)]
     return figures(before[0], after[0], tokens, arrivals)
+
+
+def seconds_to_begin(streams: Sequence[Exchange]) -> float:
+    """From the first request to when the last of them has had something of its body."""
+    return max(stream.first_mark_at for stream in streams) - min(stream.sent_at for stream in streams)
 
 
 def figures(
@@ -329,6 +340,7 @@ def main() -> None:
     parser.add_argument("--switch-ms", type=float, default=0.5, help="that a thread keeps the lock for")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run, after it has begun")
     parser.add_argument("--tokens", type=int, help="count whole jobs of so many tokens instead")
+    parser.add_argument("--batches", type=int, default=1, help="of such jobs, one after the other")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--api", choices=list(BODIES), default="execute")
     parser.add_argument("--logprobs", action="store_true", help="ask for 5 a token")

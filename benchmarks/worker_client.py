@@ -155,7 +155,7 @@ class Exchange(asyncio.Protocol):
         self.data = bytearray()
         self.arrivals: list[tuple[float, int]] = []
         self.num_marks = 0
-        self.sent_at = self.ended_at = 0.0
+        self.sent_at = self.first_mark_at = self.ended_at = 0.0
         self.transport: asyncio.Transport | None = None
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -167,7 +167,10 @@ class Exchange(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.arrivals.append((time.monotonic(), len(data)))
         self.data += data
-        self.num_marks += data.count(self._mark)  # a mark cut in two is not counted: nobody needs it exact
+        num_marks = data.count(self._mark)  # a mark cut in two is not counted: nobody needs it exact
+        if num_marks and not self.num_marks:
+            self.first_mark_at = self.arrivals[-1][0]
+        self.num_marks += num_marks
         self._news.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
