@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from worker_orcd.clock import Clock
 from worker_orcd.errors import ContextLengthExceeded, InvalidParameter, PayloadTooLarge
 from worker_orcd.sequence import SamplingParams
@@ -40,7 +42,9 @@ class Prompt:
         """What the caller wrote, for the log's digest."""
         if self.messages is not None:
             return "\n".join(message.content for message in self.messages)
-        return self.text if self.text is not None else " ".join(map(str, self.token_ids or ()))
+        if self.text is not None:
+            return self.text
+        return msgspec.json.encode(self.token_ids or ()).decode()[1:-1].replace(",", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
