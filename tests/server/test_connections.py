@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from worker_orcd.server.protocol import HEAD_SECONDS, BoundedProtocol, ChunkWriter
+from worker_orcd.server.protocol import HEAD_SECONDS, BoundedProtocol, HttpPeer
 
 Http = functools.partial(httpx.AsyncClient, timeout=60)
 
@@ -189,7 +189,7 @@ async def test_when_a_body_cannot_be_written(closed):
     flow = SimpleNamespace(write_paused=False)
     states = {"response_started": True, "response_complete": False, "disconnected": False}
     cycle = SimpleNamespace(transport=transport, flow=flow, chunked_encoding=True, **states)
-    writer = ChunkWriter(cycle)
+    writer = HttpPeer(cycle)
     assert writer.is_open
     owner = flow if closed == "write_paused" else cycle
     setattr(owner, closed, not getattr(owner, closed))

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from worker_orcd.server.sse import BODY_WRITER, KEEP_ALIVE, EventStream
+from worker_orcd.server.peer import PEER
+from worker_orcd.server.sse import KEEP_ALIVE, EventStream
 
 
 class Connection:
@@ -21,6 +22,16 @@ class Connection:
         self.room = asyncio.Event()  # cleared: `send` waits, as uvicorn's does
         self.room.set()
         self.gone = asyncio.Event()
+        self.on_gone = None  # as a peer
+
+    @property
+    def has_gone(self):
+        return self.gone.is_set()
+
+    def hang_up(self):
+        self.gone.set()
+        if self.on_gone is not None:
+            self.on_gone()
 
     async def receive(self):
         await self.gone.wait()
@@ -35,8 +46,8 @@ class Connection:
         assert self.is_open
         self.written.append(body)
 
-    async def serve(self, stream, *, with_writer=True):
-        extensions = {BODY_WRITER: self} if with_writer else {}
+    async def serve(self, stream, *, as_peer=True):
+        extensions = {PEER: self} if as_peer else {}
         await stream({"type": "http", "extensions": extensions}, self.receive, self.send)
 
 
@@ -101,9 +112,9 @@ async def test_news_is_written_in_the_same_turn_and_all_of_it_at_once():
     assert connection.sent == [b"de(end)"]  # what is last goes with the end of the response
 
 
-async def test_a_server_without_a_writer_sends_the_same():
+async def test_a_server_that_knows_no_peer_sends_the_same():
     news = News()
-    async with streaming(news, with_writer=False) as connection:
+    async with streaming(news, as_peer=False) as connection:
         news.tell(b"a")
         news.tell(b"b", b"c")
         await asyncio.sleep(0.01)
@@ -139,12 +150,23 @@ async def test_a_fault_is_not_that_of_whoever_has_the_news():
     assert connection.sent == []  # no end: the server cuts the connection
 
 
-async def test_a_client_that_hangs_up_wants_no_more():
+@pytest.mark.parametrize("as_peer", [True, False])
+async def test_a_client_that_hangs_up_wants_no_more(as_peer):
     news = News()
-    async with streaming(news) as connection:
-        connection.gone.set()
+    async with streaming(news, as_peer=as_peer) as connection:
+        assert (connection.on_gone is not None) == as_peer
+        connection.hang_up()
     news.tell(b"too late")
     assert (connection.sent, connection.written) == ([], [])
+    assert connection.on_gone is None
+
+
+async def test_a_client_that_has_gone_before_wants_nothing():
+    connection, news = Connection(), News()
+    connection.hang_up()
+    async with asyncio.timeout(60):
+        await connection.serve(EventStream(news, keep_alive_seconds=600.0))
+    assert (connection.sent, connection.written, news.is_closed) == ([], [], True)
 
 
 async def test_comments_come_only_into_silence():

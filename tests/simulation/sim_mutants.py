@@ -131,8 +131,8 @@ MUTANTS = [
         "self._news.set()\n        return\n    known", "return\n    known",
     ),
     Mutant(
-        "nobody sees that a client is gone", EventStream, "__call__",
-        "gone.add_done_callback(lambda _: self._news.set())", "pass",
+        "nobody sees that a client is gone", EventStream, "_hung_up",
+        "self._news.set()", "pass",
     ),
     Mutant(
         "a peer that reads nothing is kept", BoundedProtocol, "pause_writing",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -26,7 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from worker_orcd.config import ServerConfig
 from worker_orcd.server.body import BODY_SECONDS
-from worker_orcd.server.sse import BODY_WRITER
+from worker_orcd.server.peer import PEER
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers
 HEAD_SECONDS = 10.0
@@ -57,6 +58,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed_bytes = 0  # received since something of known use was complete
         self._in_head = True
         self._in_message = False
+        self._peer: HttpPeer | None = None  # of the request that is being answered, or was last
         self._is_deaf = False  # what else comes is thrown away; that the peer hangs up is still noticed
         self._timer: asyncio.TimerHandle | None = None  # for the peer to send what it has begun to send
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -74,6 +76,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stall_timer = _cancelled(self._stall_timer)
         self._rest_timer = _cancelled(self._rest_timer)
         super().connection_lost(exc)
+        if self._peer is not None and self._peer.has_gone and self._peer.on_gone is not None:
+            self._peer.on_gone()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
@@ -105,8 +109,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = self._unparsed_bytes = 0
         self._timer = _cancelled(self._timer)
         super().on_headers_complete()
-        writer: Any = ChunkWriter(self.cycle)
-        self.cycle.scope["extensions"] = {BODY_WRITER: writer}  # the request's task has not begun yet
+        peer: Any = HttpPeer(self.cycle)
+        self._peer = peer
+        self.cycle.scope["extensions"] = {PEER: peer}  # the request's task has not begun yet
 
     def on_body(self, body: bytes) -> None:
         self._unparsed_bytes = 0
@@ -192,13 +197,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class ChunkWriter:
-    """The `BodyWriter` of a response: does what uvicorn's `send` does with a part of a body."""
+class HttpPeer:
+    """The `Peer` of a response: does what uvicorn's `send` does with a part of a body."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
+        self.on_gone: Callable[[], None] | None = None
         self._cycle = cycle
         self._flow = cycle.flow
         self._transport = cycle.transport
+
+    @property
+    def has_gone(self) -> bool:
+        return self._cycle.disconnected
 
     @property
     def is_open(self) -> bool:

@@ -14,17 +14,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
-from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from worker_orcd.clock import MONOTONIC, Clock
-from worker_orcd.server.disconnect import hung_up, settle
+from worker_orcd.server.disconnect import HangUp
+from worker_orcd.server.peer import Peer, peer_of
 
 KEEP_ALIVE = b": keep-alive\n\n"
-BODY_WRITER = "worker_orcd.body_writer"
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -43,19 +42,6 @@ def event(name: str, data: object) -> bytes:
 def data(content: object) -> bytes:
     """An event without a name, as OpenAI's API sends them."""
     return b"data: " + _encoder.encode(content) + b"\n\n"
-
-
-class BodyWriter(Protocol):
-    """How a server lets a response be written from a callback: `scope["extensions"][BODY_WRITER]`."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the response has begun and the connection takes more of its body now."""
-        ...
-
-    def write(self, body: bytes) -> None:
-        """A part of the body, not empty. Only while `is_open`."""
-        ...
 
 
 Frames = Callable[[Callable[[], None]], Generator[bytes, None, None]]
@@ -81,29 +67,26 @@ class EventStream(Response):
         self._keep_alive_seconds = keep_alive_seconds
         self._clock = clock
         self._written_at = 0.0
-        self._writer: BodyWriter | None = None
+        self._peer: Peer | None = None
+        self._is_gone = False
         self._waits = False  # the task has nothing to send: frames may be written without it
         self._news = asyncio.Event()  # for the task
         self._last = b""  # frames that go with the end of the response
         self._failure: Exception | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._writer = scope.get("extensions", {}).get(BODY_WRITER)
-        gone = asyncio.create_task(hung_up(receive))
-        gone.add_done_callback(lambda _: self._news.set())
-        try:
-            await self._write(send, gone)
-        finally:
-            await settle(gone)
+        self._peer = peer_of(scope)
+        async with HangUp(scope, receive, self._hung_up):
+            await self._write(send)
 
-    async def _write(self, send: Send, gone: asyncio.Task[None]) -> None:
+    async def _write(self, send: Send) -> None:
         with closing(self._frames):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             self._written_at = self._clock()
             for frame in self._frames:
-                if gone.done():
+                if self._is_gone:
                     return
                 if frame:
                     await self._send(send, frame)
@@ -131,9 +114,13 @@ class EventStream(Response):
         self._news.clear()
         self._waits = False
 
+    def _hung_up(self) -> None:
+        self._is_gone = True
+        self._news.set()
+
     def _wake(self) -> None:
         """There are new frames. Called in the turn of whoever made them, which must not fail for it."""
-        if not self._waits or self._writer is None or not self._writer.is_open:
+        if not self._waits or self._peer is None or not self._peer.is_open:
             self._news.set()
             return
         known: list[bytes] = []
@@ -148,7 +135,7 @@ class EventStream(Response):
                 self._news.set()
                 return
             if known:
-                self._writer.write(b"".join(known))
+                self._peer.write(b"".join(known))
                 self._written_at = self._clock()
         except Exception as error:
             self._failure = error
