@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from worker_orcd.server import sse
 from worker_orcd.server.peer import PEER
 from worker_orcd.server.sse import KEEP_ALIVE, EventStream
 
@@ -18,11 +19,16 @@ class Connection:
 
     def __init__(self):
         self.sent, self.written = [], []
-        self.is_open = True
+        self.begun_at = None
+        self.takes = True  # there is room for more
         self.room = asyncio.Event()  # cleared: `send` waits, as uvicorn's does
         self.room.set()
         self.gone = asyncio.Event()
         self.on_gone = None  # as a peer
+
+    @property
+    def is_open(self):
+        return self.takes and self.begun_at is not None
 
     @property
     def has_gone(self):
@@ -39,7 +45,9 @@ class Connection:
 
     async def send(self, message):
         await self.room.wait()
-        if message["type"] == "http.response.body":
+        if message["type"] == "http.response.start":
+            self.begun_at = time.monotonic()
+        else:
             self.sent.append(message["body"] + b"(end)" * (not message["more_body"]))
 
     def write(self, body):
@@ -83,12 +91,14 @@ class News:
 
 
 @contextlib.asynccontextmanager
-async def streaming(news, *, keep_alive_seconds=600.0, **options):
+async def streaming(news, *, keep_alive_seconds=600.0, with_head=True, **options):
     """A connection on which the stream has begun and waits; afterwards the response is over."""
     connection = Connection()
     stream = EventStream(news, keep_alive_seconds=keep_alive_seconds)
     task = asyncio.create_task(connection.serve(stream, **options))
     await asyncio.sleep(0.01)
+    while with_head and connection.begun_at is None:
+        await asyncio.sleep(0.01)
     try:
         yield connection
         async with asyncio.timeout(60):
@@ -112,6 +122,36 @@ async def test_news_is_written_in_the_same_turn_and_all_of_it_at_once():
     assert connection.sent == [b"de(end)"]  # what is last goes with the end of the response
 
 
+async def test_the_head_goes_with_the_first_news(monkeypatch):
+    monkeypatch.setattr(sse, "HEAD_SECONDS", 60)
+    news = News()
+    async with streaming(news, with_head=False) as connection:
+        assert connection.begun_at is None
+        news.tell(b"a", b"b")
+        await asyncio.sleep(0.01)
+        assert connection.sent == [b"ab"] and connection.begun_at is not None
+        news.tell(b"c", is_over=True)
+    assert connection.sent == [b"ab", b"c(end)"]
+
+
+async def test_the_head_does_not_wait_for_long():
+    news = News()
+    begun = time.monotonic()
+    async with streaming(news) as connection:
+        assert connection.begun_at - begun > sse.HEAD_SECONDS / 2
+        news.tell(is_over=True)
+    assert (connection.sent, connection.written) == ([b"(end)"], [])
+
+
+async def test_what_fails_before_the_head_has_none(monkeypatch):
+    monkeypatch.setattr(sse, "HEAD_SECONDS", 60)
+    news = News()
+    with pytest.raises(ZeroDivisionError):
+        async with streaming(news, with_head=False) as connection:
+            news.tell(ZeroDivisionError())
+    assert connection.begun_at is None  # whoever sees to errors can still answer
+
+
 async def test_a_server_that_knows_no_peer_sends_the_same():
     news = News()
     async with streaming(news, as_peer=False) as connection:
@@ -119,26 +159,26 @@ async def test_a_server_that_knows_no_peer_sends_the_same():
         news.tell(b"b", b"c")
         await asyncio.sleep(0.01)
         news.tell(b"d", is_over=True)
-    assert (connection.sent, connection.written) == ([b"a", b"b", b"c", b"d", b"(end)"], [])
+    assert connection.written == [] and b"".join(connection.sent) == b"abcd(end)"
 
 
 async def test_while_the_connection_takes_nothing_frames_are_not_made():
     news = News()
     async with streaming(news) as connection:
-        connection.is_open = False
+        connection.takes = False
         connection.room.clear()
         for frame in (b"a", b"b", b"c"):
             news.tell(frame)
             await asyncio.sleep(0.001)
         assert news.frames == [b"b", b"c"]  # the first is on its way
-        connection.is_open = True
+        connection.takes = True
         news.tell(b"d")
         assert (connection.sent, connection.written) == ([], [])  # nothing overtakes it
         connection.room.set()
         await asyncio.sleep(0.01)
         news.tell(b"e")
         news.tell(is_over=True)
-    assert connection.sent == [b"a", b"b", b"c", b"d", b"(end)"]
+    assert connection.sent == [b"a", b"bcd", b"(end)"]
     assert connection.written == [b"e"]
 
 

@@ -128,11 +128,11 @@ MUTANTS = [
     Mutant("text that was held back is lost", Answer, "_last_piece", "text += delta.text", "pass"),
     Mutant(
         "news of a busy stream is lost", EventStream, "_wake",
-        "self._news.set()\n        return\n    known", "return\n    known",
+        "self._tell()\n        return\n    known", "return\n    known",
     ),
     Mutant(
         "nobody sees that a client is gone", EventStream, "_hung_up",
-        "self._news.set()", "pass",
+        "self._tell()", "pass",
     ),
     Mutant(
         "a peer that reads nothing is kept", BoundedProtocol, "pause_writing",
