@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 
+import httpx
 import pytest
 from starlette.routing import Route
 
@@ -221,6 +222,27 @@ async def test_a_root_path_opens_nothing(world, root_path):
 async def test_a_local_worker_without_a_key_is_safe_from_dns_rebinding(world, host, status):
     async with world().http() as http:
         assert (await http.get("/health", headers={"Host": host})).status_code == status
+
+
+async def test_every_request_is_looked_at_whatever_came_before(world):
+    """The edge remembers who was let in last: that lets in nobody else."""
+    own, other = ("Host", "127.0.0.1:8080"), ("Host", "evil.example")
+    async with world().http() as http:
+        for hosts, status in [
+            ([("Host", "")], 400),
+            ([own], 200),
+            ([other], 403),
+            ([own], 200),
+            ([own, own], 400),
+            ([own, other], 400),
+            ([other, own], 400),
+            ([("Host", "127.0.0.1:8080/")], 400),
+            ([own], 200),
+            ([("Host", "")], 400),
+        ]:
+            request = http.build_request("GET", "/health")
+            request.headers = httpx.Headers(hosts)
+            assert (await http.send(request)).status_code == status, hosts
 
 
 @pytest.mark.parametrize("settings", [{"api_key": KEY}, {"host": "0.0.0.0"}])

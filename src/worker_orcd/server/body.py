@@ -21,8 +21,9 @@ from starlette.requests import ClientDisconnect
 
 from worker_orcd.errors import Cancelled, InvalidParameter, PayloadTooLarge, QueueFull
 from worker_orcd.server.context import Context, ContextOf
-from worker_orcd.server.edge import attached
+from worker_orcd.server.edge import Attached, attached
 from worker_orcd.server.failures import ERROR_RESPONSE, WITH_BODY
+from worker_orcd.server.peer import peer_of
 
 BODY_SECONDS = 30.0  # for a client to send its body
 _MAX_SHOWN = 80  # characters of a value in a message
@@ -88,30 +89,36 @@ async def read_bytes(request: Request, context: Context, *, seconds: float) -> b
     Raises PayloadTooLarge and QueueFull as soon as that is known, HTTPException 408 and 415.
     """
     max_bytes = context.config.max_body_bytes
-    length = request.headers.get("content-length", "")
+    known, peer = attached(request), peer_of(request.scope)
+    length = known.header(b"content-length") or ""
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(max_bytes)
     data = bytearray()
     held = 0
 
-    def release() -> None:
-        context.bodies.release(held)
+    def take(chunk: bytes) -> None:
+        nonlocal held
+        if held + len(chunk) > max_bytes:
+            raise _too_large(max_bytes)
+        context.bodies.hold(len(chunk))
+        held += len(chunk)
+        data.extend(chunk)
 
-    attached(request).stack.callback(release)
+    known.stack.callback(lambda: context.bodies.release(held))
     try:
-        async with asyncio.timeout(seconds):
+        if peer is not None and peer.has_sent_all:  # nothing to wait for
             async for chunk in request.stream():
-                if held + len(chunk) > max_bytes:
-                    raise _too_large(max_bytes)
-                context.bodies.hold(len(chunk))
-                held += len(chunk)
-                data += chunk
+                take(chunk)
+        else:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    take(chunk)
     except ClientDisconnect:
         raise Cancelled("the client closed the connection") from None
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {seconds:g} seconds") from None
     if data:
-        _require_json(request)
+        _require_json(known)
     return bytes(data)
 
 
@@ -119,14 +126,16 @@ def _too_large(max_bytes: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than the {max_bytes} bytes that this worker takes")
 
 
-def _require_json(request: Request) -> None:
+def _require_json(known: Attached) -> None:
     """A web page can send text/plain or a form to anybody, application/json only with consent (CORS)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = (known.header(b"content-type") or "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, f"the body must be application/json, not {kind or 'of unknown type'!r}")
-    coding = request.headers.get("content-encoding", "identity").lower()
-    if coding != "identity":
-        raise HTTPException(415, f"the body must not be encoded; found Content-Encoding {coding[:32]!r}")
+    coding = known.header(b"content-encoding")
+    if coding is not None and coding.lower() != "identity":
+        raise HTTPException(
+            415, f"the body must not be encoded; found Content-Encoding {coding[:32].lower()!r}"
+        )
 
 
 def read_model(model: type[M], data: bytes) -> M:

@@ -19,10 +19,10 @@ import asyncio
 import ipaddress
 import re
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,6 +36,18 @@ from worker_orcd.server.json import JSON
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")  # RFC 3986
 _ATTACHED = "worker_orcd.attached"
+_KNOWN_HEADERS = frozenset(
+    (
+        b"host",
+        b"origin",
+        b"x-correlation-id",
+        b"x-request-id",
+        b"x-deadline",
+        b"content-length",
+        b"content-type",
+        b"content-encoding",
+    )
+)
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _URGENT_PATHS = ("/cancel", "/shutdown")
 
@@ -45,7 +57,13 @@ class Attached:
     """What the edge knows of a request."""
 
     correlation_id: str
+    headers: Mapping[bytes, list[str]]  # those that are of interest on the way to a job, looked through once
     stack: ExitStack = field(default_factory=ExitStack)  # closed when the request is over
+
+    def header(self, name: bytes) -> str | None:
+        """The first of that name, which is one of `_KNOWN_HEADERS`."""
+        values = self.headers.get(name)
+        return values[0] if values else None
 
 
 def attached(request: Request) -> Attached:
@@ -71,10 +89,19 @@ def error_response(error: BaseException, scope: Scope, correlation_id: str) -> J
 class Edge:
     """The outermost ASGI layer of the application."""
 
-    def __init__(self, app: ASGIApp, *, config: ServerConfig, narration: Narration) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        config: ServerConfig,
+        narration: Narration,
+        turnstile: asyncio.Lock | None = None,
+    ) -> None:
+        """`turnstile`: shared with the edges of other parts of the same server."""
         self._app = app
         self._narration = narration
-        self._turnstile = asyncio.Lock()
+        self._turnstile = turnstile or asyncio.Lock()
+        self._good_hosts: list[str] | None = None  # of the last request: most requests have the same
         self._names = {"localhost", config.host.lower()}
         self._any_host = config.api_key is not None or not _is_loopback(config.host.lower())
 
@@ -82,22 +109,24 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        correlation_id = _correlation_id(headers.get("x-correlation-id"))
-        request_id = _correlation_id(headers.get("x-request-id"), correlation_id)
+        headers = _known_headers(scope)
+        correlation_id = _correlation_id(headers.get(b"x-correlation-id"))
+        request_id = _correlation_id(headers.get(b"x-request-id"), [correlation_id])
         started = False
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                outgoing = MutableHeaders(scope=message)
-                outgoing["x-correlation-id"] = correlation_id
-                outgoing["x-request-id"] = request_id
-                outgoing["x-content-type-options"] = "nosniff"
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-correlation-id", correlation_id.encode()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
             await send(message)
 
-        known = scope[_ATTACHED] = Attached(correlation_id)
+        known = scope[_ATTACHED] = Attached(correlation_id, headers)
         with known.stack:
             try:
                 self._admit(scope, headers)
@@ -120,11 +149,21 @@ class Edge:
             async with self._turnstile:
                 await asyncio.sleep(0)
 
-    def _admit(self, scope: Scope, headers: Headers) -> None:
+    def _admit(self, scope: Scope, headers: Mapping[bytes, list[str]]) -> None:
         """Raises HTTPException for a request that a browser was tricked into, or that is malformed."""
-        hosts = headers.getlist("host")
+        hosts = headers.get(b"host", [])
         if not hosts and scope.get("http_version") == "1.0":
             return  # old health checkers; no browser does this
+        if hosts != self._good_hosts:
+            self._check_host(hosts)
+            self._good_hosts = hosts
+        if scope["method"] in _SAFE_METHODS:
+            return
+        origins = headers.get(b"origin", [])
+        if any(origin.partition("://")[2].lower() != hosts[0].lower() for origin in origins):
+            raise HTTPException(403, "requests from web pages of other origins are not served")
+
+    def _check_host(self, hosts: list[str]) -> None:
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
             raise HTTPException(400, "the request must have one Host header that names a host and a port")
@@ -133,11 +172,6 @@ class Edge:
                 403,
                 "this worker listens on this machine only and is not known under the name in the Host header",
             )
-        if scope["method"] in _SAFE_METHODS:
-            return
-        origins = headers.getlist("origin")
-        if any(origin.partition("://")[2].lower() != hosts[0].lower() for origin in origins):
-            raise HTTPException(403, "requests from web pages of other origins are not served")
 
     def _is_ours(self, name: str) -> bool:
         return name in self._names or name.endswith(".localhost") or _address(name) is not None
@@ -155,9 +189,17 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _correlation_id(*candidates: str | None) -> str:
-    """The first that is well-formed, else a fresh UUID."""
-    for text in candidates:
-        if text is not None and _CORRELATION_ID.fullmatch(text):
-            return text
+def _known_headers(scope: Scope) -> dict[bytes, list[str]]:
+    known: dict[bytes, list[str]] = {}
+    for name, value in scope["headers"]:
+        if name in _KNOWN_HEADERS:
+            known.setdefault(name, []).append(value.decode("latin-1"))
+    return known
+
+
+def _correlation_id(*candidates: list[str] | None) -> str:
+    """The first that is well-formed, of the first of each header, else a fresh UUID."""
+    for texts in candidates:
+        if texts is not None and _CORRELATION_ID.fullmatch(texts[0]):
+            return texts[0]
     return str(uuid.uuid4())

@@ -23,6 +23,7 @@ from worker_orcd.server.body import describes, json_body
 from worker_orcd.server.context import ContextOf
 from worker_orcd.server.direct import DirectRoute
 from worker_orcd.server.disconnect import unless_gone
+from worker_orcd.server.edge import attached
 from worker_orcd.server.failures import OF_JOBS, failure_of
 from worker_orcd.server.jobs import Job, open_job
 from worker_orcd.server.json import JSON
@@ -86,7 +87,7 @@ async def execute(
         return planned if body.messages is None else planned.answering_messages()
 
     try:
-        header = request.headers.get("x-deadline")
+        header = attached(request).header(b"x-deadline")
         deadline = deadline_of(body.deadline_ms, header, MAX_DEADLINE_MS, context.clock)
         work = partial(prepare, deadline)
         prepared = await (work() if is_quick([prompt]) else unless_gone(request, work))

@@ -22,6 +22,11 @@ class Peer(Protocol):
     def has_gone(self) -> bool: ...
 
     @property
+    def has_sent_all(self) -> bool:
+        """Whether the end of the request's body has come: reading it waits for nothing."""
+        ...
+
+    @property
     def is_open(self) -> bool:
         """Whether the response has begun and the connection takes more of its body now."""
         ...

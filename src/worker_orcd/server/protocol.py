@@ -211,6 +211,10 @@ class HttpPeer:
         return self._cycle.disconnected
 
     @property
+    def has_sent_all(self) -> bool:
+        return not self._cycle.more_body
+
+    @property
     def is_open(self) -> bool:
         cycle = self._cycle
         return (

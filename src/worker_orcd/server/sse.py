@@ -108,7 +108,7 @@ class EventStream(Response):
     async def _begin(self, send: Send) -> None:
         if not self._has_begun:
             self._has_begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers.copy()})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._written_at = self._clock()
 
     async def _send(self, send: Send, body: bytes) -> None:

@@ -17,6 +17,7 @@ from fastapi import Request
 from worker_orcd.errors import UnknownModel
 from worker_orcd.server.answer import Answer, Piece
 from worker_orcd.server.context import Context
+from worker_orcd.server.edge import attached
 from worker_orcd.server.failures import failure_of
 from worker_orcd.server.jobs import Job, open_job
 from worker_orcd.server.openai.fields import ignored_fields
@@ -75,7 +76,7 @@ def open_call(
     try:
         headers = ignored_fields(body.model_extra or {})
         deadline = deadline_of(
-            body.deadline_ms, request.headers.get("x-deadline"), MAX_DEADLINE_MS, context.clock
+            body.deadline_ms, attached(request).header(b"x-deadline"), MAX_DEADLINE_MS, context.clock
         )
         require_model(body.model, job.serving.model_id)
     except Exception as error:
