@@ -83,7 +83,7 @@ async def test_other_methods_and_the_schema(world, path):
     assert "requestBody" in schema["paths"][path]["post"]
 
 
-async def test_token_ids_wait_for_no_thread(world):
+async def test_token_ids_and_short_texts_wait_for_no_thread(world):
     """A pool that takes no more work, as if others had its threads."""
     w = world()
     w.app.state.context.text_threads.shutdown()
@@ -91,8 +91,13 @@ async def test_token_ids_wait_for_no_thread(world):
         own = await http.post("/execute", json={"job_id": "j", "prompt_token_ids": [1, 2]})
         openai = await http.post("/v1/completions", json={"prompt": [[1, 2], [3]]})
         wrong = await http.post("/execute", json={"job_id": "j", "prompt_token_ids": [1, 999]})
-        text = await http.post("/execute", json={"job_id": "j", "prompt": "x"})
-    assert [r.status_code for r in (own, openai, wrong, text)] == [200, 200, 400, 500]
+        text = await http.post("/v1/completions", json={"prompt": "x" * 128})
+        long = await http.post("/execute", json={"job_id": "j", "prompt": "x" * 129})
+        several = await http.post("/v1/completions", json={"prompt": ["x" * 65, "x" * 64]})
+        many = await http.post("/v1/completions", json={"prompt": ["x"] * 17})
+        chat = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
+    assert [r.status_code for r in (own, openai, wrong, text)] == [200, 200, 400, 200]
+    assert [r.status_code for r in (long, several, many, chat)] == [500] * 4  # these want a thread
     assert "prompt_token_ids[1]: found 999" in wrong.json()["error"]["message"]
     assert "event: end" in own.text
     assert w.client.num_admitted == 0

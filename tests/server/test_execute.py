@@ -210,7 +210,7 @@ async def test_a_job_may_be_cancelled_while_it_is_tokenised(world, monkeypatch, 
 
     monkeypatch.setattr(type(tokenizer), "encode", slowly)
     async with w.http() as http:
-        job = asyncio.create_task(http.post("/execute", json={"job_id": "j", "prompt": "x"}))
+        job = asyncio.create_task(http.post("/execute", json={"job_id": "j", "prompt": "x" * 200}))
         await asyncio.to_thread(reading.wait, 60)
         assert (await http.post("/cancel", json={"job_id": "j"})).json()["running"]
         cancelled.set()
@@ -365,7 +365,7 @@ async def test_places_in_the_queue_are_counted_while_prompts_are_tokenised(
 
     monkeypatch.setattr(type(tokenizer), "encode", slowly)
     async with w.http() as http:
-        bodies = [{"job_id": str(i), "prompt": "x"} for i in range(8)]
+        bodies = [{"job_id": str(i), "prompt": "x" * 200} for i in range(8)]
         posts = [asyncio.create_task(http.post("/execute", json=body)) for body in bodies]
         await eventually(lambda: sum(post.done() for post in posts) == 5)
         refused.set()

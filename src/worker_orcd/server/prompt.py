@@ -23,7 +23,8 @@ from worker_orcd.server.status import Serving
 from worker_orcd.server.wire import MAX_SEED, Message, Sampling
 
 DEFAULT_MAX_TOKENS = 2048
-_FEW = 2048  # token ids are checked in the time that it takes to begin a thread's work
+_FEW = 2048  # token ids are checked in the time that it takes to begin a thread's work …
+_PER_CHAR = 16  # … and so many while a character of text is tokenised, of whatever kind it is
 _SEED_BITS = 53  # of a seed made up here: exact in every JSON parser
 
 
@@ -62,14 +63,24 @@ class Plan:
 
     def choice(self, index: int) -> Plan:
         """The plan of the `index`th answer to the same prompt: the seed counts up."""
+        if index == 0:
+            return self
         sampling = self.generation.sampling
         sampling = dataclasses.replace(sampling, seed=(sampling.seed + index) & MAX_SEED)
         return dataclasses.replace(self, generation=dataclasses.replace(self.generation, sampling=sampling))
 
 
 def is_quick(prompts: Sequence[Prompt]) -> bool:
-    """Whether `encode` has so little to do that no thread is worth it: their token ids are known and few."""
-    return sum(_FEW if prompt.token_ids is None else len(prompt.token_ids) for prompt in prompts) < _FEW
+    """Whether `encode` has so little to do that no thread is worth it: a few token ids, or a short text. A
+    chat template may always take its time.
+    """
+    return all(prompt.messages is None for prompt in prompts) and sum(map(_work, prompts)) <= _FEW
+
+
+def _work(prompt: Prompt) -> int:
+    if prompt.text is not None:
+        return _PER_CHAR * max(8, len(prompt.text))  # even the shortest takes some microseconds
+    return len(prompt.token_ids or ())
 
 
 def encode(context: Context, serving: Serving, prompt: Prompt) -> tuple[int, ...]:

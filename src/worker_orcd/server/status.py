@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 from worker_orcd.clock import MONOTONIC, Clock
@@ -79,8 +80,13 @@ class Serving:
         """Names everything that decides the bits of an answer: equal fingerprint and seed, equal answer."""
         facts = self.facts
         parts = (self.model_id, facts.model_sha256, facts.architecture, facts.quant_kind, facts.device)
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-        return f"worker-orcd-{VERSION}-c{REPRODUCIBILITY_CONTRACT}-{digest}"
+        return _fingerprint(parts)
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(parts: tuple[str | None, ...]) -> str:
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    return f"worker-orcd-{VERSION}-c{REPRODUCIBILITY_CONTRACT}-{digest}"
 
 
 class Status:
