@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import cProfile
+import gc
 import io
 import itertools
 import json
@@ -190,6 +191,8 @@ def serve(args: argparse.Namespace) -> None:
     async def run() -> None:
         loop = asyncio.get_running_loop()
         worker = Worker(args, loop, listener.getsockname()[1])
+        gc.collect()
+        gc.freeze()  # as a worker does it when the model is loaded
         server = uvicorn.Server(worker.http_config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
 

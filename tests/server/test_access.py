@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 
 import httpx
 import pytest
@@ -331,6 +332,14 @@ async def test_correlation_ids_are_echoed_or_made(world, sent, kept):
     assert re.fullmatch("[A-Za-z0-9-]{1,64}", echoed)
     assert response.json()["error"]["correlation_id"] == echoed
     assert response.headers["x-request-id"] == echoed
+
+
+async def test_made_correlation_ids_are_uuids_and_no_two_are_equal(world):
+    async with world().http() as http:
+        made = [(await http.get("/livez")).headers["x-correlation-id"] for _ in range(50)]
+    found = [uuid.UUID(text) for text in made]
+    assert [str(one) for one in found] == made and len(set(made)) == 50
+    assert {(one.version, one.variant) for one in found} == {(4, uuid.RFC_4122)}
 
 
 ERRORS = [

@@ -23,6 +23,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from worker_orcd.config import ServerConfig
@@ -65,7 +66,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().connection_made(transport)
+        # As uvicorn does it, without asking the system for both addresses: nobody here looks at them.
+        self.connections.add(self)
+        self.transport = transport
+        self.flow = FlowControl(transport)
+        self.scheme = "http"
         if len(self.connections) > self.max_connections:
             self._refuse("503 Service Unavailable", "QUEUE_FULL", "there are too many connections")
         else:
