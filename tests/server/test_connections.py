@@ -182,13 +182,56 @@ async def test_a_slow_reader_gets_every_byte_in_order(world, events_of):
     assert all(len(token["top_logprobs"]) == 20 for token in tokens)
 
 
+class Transport:
+    """What was written, a call each."""
+
+    def __init__(self):
+        self.written, self.closed = [], False
+
+    def write(self, data):
+        self.written.append(data)
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+
+def begun_cycle(transport):
+    states = {"response_started": True, "response_complete": False, "disconnected": False}
+    flow = SimpleNamespace(write_paused=False)
+    return SimpleNamespace(transport=transport, flow=flow, chunked_encoding=True, **states)
+
+
+async def test_a_head_that_is_held_goes_with_what_follows():
+    cycle = begun_cycle(transport := Transport())
+    peer = HttpPeer(cycle)
+    peer.hold_head()
+    cycle.transport.write(b"head,")
+    assert transport.written == [] and not peer.is_open  # nothing may overtake it
+    assert not cycle.transport.is_closing()
+    cycle.transport.write(b"first,")
+    assert transport.written == [b"head,first,"] and cycle.transport is transport and peer.is_open
+    cycle.transport.write(b"second")
+    assert transport.written == [b"head,first,", b"second"]
+
+
+@pytest.mark.parametrize("parts", [[], [b"head"]])
+async def test_a_head_that_is_held_is_not_lost_when_the_connection_is_closed(parts):
+    cycle = begun_cycle(transport := Transport())
+    HttpPeer(cycle).hold_head()
+    for part in parts:
+        cycle.transport.write(part)
+    cycle.transport.close()
+    assert (transport.written, transport.closed, cycle.transport) == (parts, True, transport)
+
+
 @pytest.mark.parametrize("closed", ["response_started", "response_complete", "disconnected", "write_paused"])
 async def test_when_a_body_cannot_be_written(closed):
     """Before the response has begun, when it is over, and while its client does not read."""
-    transport = SimpleNamespace(is_closing=lambda: False)
-    flow = SimpleNamespace(write_paused=False)
-    states = {"response_started": True, "response_complete": False, "disconnected": False}
-    cycle = SimpleNamespace(transport=transport, flow=flow, chunked_encoding=True, **states)
+    cycle = begun_cycle(Transport())
+    flow = cycle.flow
     writer = HttpPeer(cycle)
     assert writer.is_open
     owner = flow if closed == "write_paused" else cycle

@@ -21,6 +21,7 @@ class Connection:
         self.sent, self.written = [], []
         self.begun_at = None
         self.takes = True  # there is room for more
+        self.holds_head = False
         self.room = asyncio.Event()  # cleared: `send` waits, as uvicorn's does
         self.room.set()
         self.gone = asyncio.Event()
@@ -33,6 +34,10 @@ class Connection:
     @property
     def has_gone(self):
         return self.gone.is_set()
+
+    def hold_head(self):
+        assert self.begun_at is None
+        self.holds_head = True
 
     def hang_up(self):
         self.gone.set()
@@ -129,7 +134,7 @@ async def test_the_head_goes_with_the_first_news(monkeypatch):
         assert connection.begun_at is None
         news.tell(b"a", b"b")
         await asyncio.sleep(0.01)
-        assert connection.sent == [b"ab"] and connection.begun_at is not None
+        assert connection.sent == [b"ab"] and connection.begun_at is not None and connection.holds_head
         news.tell(b"c", is_over=True)
     assert connection.sent == [b"ab", b"c(end)"]
 
@@ -138,7 +143,7 @@ async def test_the_head_does_not_wait_for_long():
     news = News()
     begun = time.monotonic()
     async with streaming(news) as connection:
-        assert connection.begun_at - begun > sse.HEAD_SECONDS / 2
+        assert connection.begun_at - begun > sse.HEAD_SECONDS / 2 and not connection.holds_head
         news.tell(is_over=True)
     assert (connection.sent, connection.written) == ([b"(end)"], [])
 

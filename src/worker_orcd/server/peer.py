@@ -31,6 +31,10 @@ class Peer(Protocol):
         """Whether the response has begun and the connection takes more of its body now."""
         ...
 
+    def hold_head(self) -> None:
+        """The head, which the server writes next, goes with what it writes after that."""
+        ...
+
     def write(self, body: bytes) -> None:
         """A part of the body, not empty. Only while `is_open`."""
         ...

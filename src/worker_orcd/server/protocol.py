@@ -227,10 +227,41 @@ class HttpPeer:
             and cycle.chunked_encoding is True
             and not (cycle.response_complete or cycle.disconnected)
             and not (self._flow.write_paused or self._transport.is_closing())
+            and cycle.transport is self._transport
         )
+
+    def hold_head(self) -> None:
+        held: Any = _HeldHead(self._cycle)
+        self._cycle.transport = held
 
     def write(self, body: bytes) -> None:
         self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+class _HeldHead:
+    """In place of a cycle's transport until it has written twice: uvloop would call the system for each."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        if self._head is None:
+            self._head = data
+        else:
+            self._cycle.transport = self._transport
+            self._transport.write(self._head + data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        """Something went wrong between the two."""
+        self._cycle.transport = self._transport
+        if self._head is not None:
+            self._transport.write(self._head)
+        self._transport.close()
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:

@@ -101,18 +101,20 @@ class EventStream(Response):
                     await self._wait(send)
                 if self._failure is not None:
                     raise self._failure
-            await self._begin(send)
+            await self._begin(send, with_body=True)
             last = b"".join([*known, self._last])
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _begin(self, send: Send) -> None:
+    async def _begin(self, send: Send, *, with_body: bool) -> None:
         if not self._has_begun:
             self._has_begun = True
+            if with_body and self._peer is not None:
+                self._peer.hold_head()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._written_at = self._clock()
 
     async def _send(self, send: Send, body: bytes) -> None:
-        await self._begin(send)
+        await self._begin(send, with_body=True)
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._written_at = self._clock()
 
@@ -134,7 +136,7 @@ class EventStream(Response):
             elif self._has_begun:
                 await self._send(send, KEEP_ALIVE)
             else:
-                await self._begin(send)
+                await self._begin(send, with_body=False)
         self._has_news = self._waits = False
 
     def _hung_up(self) -> None:
