@@ -8,14 +8,15 @@ What a token costs on its way from the engine to a client: the worker's server w
 Engine, scheduler, event loop, application and sockets are the real ones, in a process of their own; in
 place of the model a runner recites text, a token a row, a step every `--step-ms`. The client is another
 process. Streams begin together; when all have had a token, everything is counted for `--seconds`. With
-`--tokens` whole jobs of so many are counted instead, from the first request to the last answer, `--batches`
-times; `begun ms` is how long it takes until the last of those that come together has its first token. CPU
-time is each thread's own (system calls included; `kernel us` is what they take of both), so that a busy
-machine changes it little; tokens a second it does change. `gap ms` is what 99 of 100 times between two reads
-of one stream stay below: a server that falls behind is cheap, since it writes many tokens at once, but it
-shows here. A token that has not come is not counted, though it was computed. Of chat and completions chunks
-are counted, which hold as many tokens as came at once: with `--burst-ms` use `--tokens`. Runs are alternated,
-and medians printed.
+`--tokens` whole jobs of so many are counted instead, from the first request to the last answer; `begun ms` is
+how long it takes until the last of those that come together has its first token. CPU time is each thread's
+own (system calls included; `kernel us` is what they take of both), so that a busy machine changes it little;
+tokens a second it does change. `gap ms` is what 99 of 100 times between two reads of one stream stay below: a
+server that falls behind is cheap, since it writes many tokens at once, but it shows here. A token that has
+not come is not counted, though it was computed. Of chat and completions chunks are counted, which hold as
+many tokens as came at once: with `--burst-ms` use `--tokens`. Runs are alternated, and medians printed; of
+jobs `--batches` are alternated between servers that both run, and lower quartiles printed: what a busy
+machine adds differs from second to second.
 """
 
 from __future__ import annotations
@@ -279,18 +280,13 @@ async def measure(server: ServerProcess, size: int, args: argparse.Namespace) ->
             return [await client.start("POST", path, body(args, n), mark=mark) for n in range(size)]
 
         if args.tokens is not None:
-            for stream in await start():  # once for what is done at first use
-                await stream.response()
-            jobs: list[list[Exchange]] = []
             begun = server.counts("begin")
-            for _ in range(args.batches):
-                jobs.append(await start())
-                for stream in jobs[-1]:
-                    require((await stream.response()).status == 200, "a job was refused")
-            count = args.batches * size * args.tokens
-            arrivals = [stream.arrivals for batch in jobs for stream in batch]
-            admitted = statistics.median(map(seconds_to_begin, jobs))
-            return figures(begun, server.counts("end"), count, arrivals) | {"begun ms": 1000 * admitted}
+            streams = await start()
+            for stream in streams:
+                require((await stream.response()).status == 200, "a job was refused")
+            ended = server.counts("end")
+            found = figures(begun, ended, size * args.tokens, [stream.arrivals for stream in streams])
+            return found | {"begun ms": 1000 * seconds_to_begin(streams)}
         streams = await start()
         for stream in streams:
             await stream.until_marks(3)
@@ -330,6 +326,12 @@ def figures(
     }
 
 
+def typical(values: list[float], args: argparse.Namespace) -> float:
+    if args.tokens is None or len(values) < 4:
+        return statistics.median(values)
+    return statistics.quantiles(values, n=4)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 64, 256])
@@ -343,7 +345,9 @@ def main() -> None:
     parser.add_argument("--switch-ms", type=float, default=0.5, help="that a thread keeps the lock for")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run, after it has begun")
     parser.add_argument("--tokens", type=int, help="count whole jobs of so many tokens instead")
-    parser.add_argument("--batches", type=int, default=1, help="of such jobs, one after the other")
+    parser.add_argument(
+        "--batches", type=int, default=1, help="of such jobs in a round, by turns with the other's"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--api", choices=list(BODIES), default="execute")
     parser.add_argument("--logprobs", action="store_true", help="ask for 5 a token")
@@ -361,12 +365,21 @@ def main() -> None:
     for size in args.streams:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
         for _ in range(args.rounds):
-            for name, source in sources.items():
-                with ServerProcess(source, args) as server:
+            if args.tokens is None:
+                for name, source in sources.items():
+                    with ServerProcess(source, args) as server:
+                        runs[name].append(asyncio.run(measure(server, size, args)))
+                continue
+            with contextlib.ExitStack() as stack:
+                servers = {
+                    name: stack.enter_context(ServerProcess(src, args)) for name, src in sources.items()
+                }
+                for server in servers.values():
+                    asyncio.run(measure(server, size, args))  # once for what is done at first use
+                for name, server in [*servers.items()] * args.batches:
                     runs[name].append(asyncio.run(measure(server, size, args)))
         for name, found in runs.items():
-            medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
-            told = "  ".join(f"{key} {value:8.2f}" for key, value in medians.items())
+            told = "  ".join(f"{key} {typical([run[key] for run in found], args):8.2f}" for key in found[0])
             print(f"{args.api} {size:4} streams, {name:<5}  {told}", flush=True)
 
 
