@@ -27,6 +27,9 @@ int64_t orcd_packed_bytes(int32_t f, int64_t n, int64_t k) { return f * n * k; }
 int orcd_pack(int32_t f, int64_t n, int64_t k, int64_t a, int64_t b, const uint8_t *s, void *d) {
   return f + n + k + a + b + (s != d) > 0;
 }
+int orcd_watch_pages(const void *start, int64_t bytes) { return start && bytes; }
+int orcd_pages_lost(int range) { return range; }
+void orcd_forget_pages(int range) { (void)range; }
 int64_t orcd_cache_block_bytes(int32_t a, int32_t b, int32_t c, int32_t d) { return a * b * c * d; }
 """
 

@@ -217,3 +217,31 @@ def test_a_second_signal_ends_it_at_once(tiny_model: Path):
             worker.signal(signal.SIGINT)
             worker.signal(signal.SIGCONT)
             assert worker.exit_code() in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+def test_what_ends_the_process_from_outside_of_python_leaves_a_word(tiny_model: Path):
+    with process("--model", str(tiny_model), "--kv-cache-size-mb", "4") as worker:
+        worker.until("ready")
+        worker.signal(signal.SIGSEGV)
+        assert worker.exit_code() == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in "".join(worker.lines)
+
+
+def test_ctrl_c_is_no_traceback_however_early(tmp_path: Path):
+    """Here: while the command line is imported, before anything could have asked for the signal."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, signal, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'worker_orcd.cli.settings': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(worker_orcd.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "worker_orcd", "serve", "--model", "demo"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

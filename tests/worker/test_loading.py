@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import queue
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,46 @@ def test_a_failed_load_undoes_what_was_begun(config: WorkerConfig, monkeypatch: 
     with pytest.raises(InvalidModelFile):
         load(config)
     assert closed == ["backend", "template"]
+
+
+@pytest.mark.parametrize("spoil", ["cut", "emptied", "written anew", "touched"])
+def test_a_file_that_changes_while_it_is_loaded_is_refused(config: WorkerConfig, tmp_path: Path, spoil: str):
+    """Shortened, its mapping has lost pages: reading them would end the process with SIGBUS."""
+    path = tiny_file().write(tmp_path / "tiny.gguf")
+    size = path.stat().st_size
+
+    def on_progress(_stage: str, done: int, _total: int) -> None:
+        if not 0.2 < done / size < 0.5 or spoilt:
+            return
+        spoilt.append(done)
+        if spoil == "written anew":
+            path.write_bytes(bytes(size))
+        elif spoil == "touched":
+            os.utime(path)
+        else:
+            os.truncate(path, 0 if spoil == "emptied" else size - 100)
+
+    spoilt: list[int] = []
+    with pytest.raises(InvalidModelFile, match=r"^'tiny.gguf': .*the file was changed while it was loaded"):
+        worker.load(replace(config, model=str(path)), warn=lambda _: None, on_progress=on_progress)
+    assert spoilt
+
+
+def test_a_file_may_be_replaced_or_removed_while_it_is_loaded(config: WorkerConfig, tmp_path: Path):
+    """As downloads do it: under another name first."""
+    path, other = tiny_file().write(tmp_path / "tiny.gguf"), tmp_path / "other"
+    other.write_bytes(b"something else")
+
+    def on_progress(_stage: str, done: int, _total: int) -> None:
+        if done and other.exists():
+            other.replace(path)
+
+    wanted = replace(config, model=str(path))
+    worker.load(wanted, warn=lambda _: None, on_progress=on_progress).close()
+    assert path.read_bytes() == b"something else"
+    tiny_file().write(path)
+    worker.load(wanted, warn=lambda _: None, on_progress=lambda *_: path.unlink(missing_ok=True)).close()
+    assert not path.exists()
 
 
 def test_a_plan_loads_nothing(config: WorkerConfig, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,9 +7,12 @@ import sys
 
 def main() -> None:
     """Entry point of the `worker-orcd` command."""
-    from worker_orcd.cli.app import build
-
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to die
-    build()(prog_name="worker-orcd")
+    try:
+        from worker_orcd.cli.app import build
+
+        build()(prog_name="worker-orcd")
+    except KeyboardInterrupt:  # while modules are imported; later `reports_errors` is there
+        sys.exit(130)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +66,9 @@ def serve(
     from worker_orcd import hub
 
     path = hub.check_local(settings.model)
+    # What ends the process from outside of Python says at least where that was. Before anybody watches pages.
+    with contextlib.suppress(OSError, ValueError):  # stderr is not a file, or closed
+        faulthandler.enable()
     # After the settings are known to be good: what follows takes seconds.
     from worker_orcd.worker import ahead
 

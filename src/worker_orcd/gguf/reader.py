@@ -1,7 +1,8 @@
 """A GGUF file (or the parts of a split one), memory-mapped and checked.
 
 The file is untrusted: any bytes give either a checked object or an error, in bounded time and memory. Nothing
-of the tensors is read here. A file must not be shortened while it is open: the mapping would lose its pages.
+of the tensors is read here. Where a file is shortened while it is open, the mapping loses its pages: whoever
+reads tensors watches them (`kernels.pages`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -51,14 +53,15 @@ class GGUFFile:
             raise InsufficientMemory(f"{quoted(path.name)}: its metadata does not fit into memory") from None
 
     def _open(self, path: Path) -> None:
-        first_map, first = open_part(path, 0)
-        maps, parts, paths = [first_map], [first], [path]
+        first_map, first, version = open_part(path, 0)
+        maps, parts, paths, versions = [first_map], [first], [path], [version]
         for number, part_path in enumerate(other_parts(path, first.metadata), 2):
-            part_map, part = open_part(part_path, number - 1)
+            part_map, part, version = open_part(part_path, number - 1)
             check_part(part_path, part.metadata, first.metadata, number)
             maps.append(part_map)
             parts.append(part)
             paths.append(part_path)
+            versions.append(version)
         self.path = path
         self._paths = paths
         self.metadata = first.metadata
@@ -66,11 +69,17 @@ class GGUFFile:
         self.tensors = MappingProxyType(merge(path, parts))
         self.file_bytes = sum(len(part_map) for part_map in maps)
         self._maps = maps
+        self._versions = versions
 
     @property
     def num_parts(self) -> int:
         """Files that it was opened from; 0 once it is closed."""
         return len(self._maps)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where the parts are mapped: address and bytes."""
+        views = [np.frombuffer(mapping, np.uint8) for mapping in self._maps]
+        return [(view.ctypes.data, view.nbytes) for view in views]
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, (nbytes,) uint8, a read-only view of the mapping."""
@@ -89,6 +98,20 @@ class GGUFFile:
         for dim in shape[:-1]:
             num_rows *= dim
         return data.reshape(num_rows, -1)
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidModelFile if somebody has written to the file since it was opened.
+
+        What was read may be of either version then. Another file that has been put in its place is none of
+        our business: the mapping is of the one that was opened.
+        """
+        for mapping, path, version in zip(self._maps, self._paths, self._versions, strict=True):
+            changed = mapping.size() != len(mapping)
+            with contextlib.suppress(OSError):  # its name is gone
+                now = Version.of(path.stat())
+                changed |= now.inode == version.inode and now != version
+            if changed:
+                raise InvalidModelFile(f"{quoted(path.name)}: the file was changed while it was loaded")
 
     def release(self, name: str, *, forget: bool = False) -> None:
         """Let the tensor's pages leave this process's memory; they are read again if somebody looks.
@@ -123,7 +146,20 @@ class GGUFFile:
         self.close()
 
 
-def open_part(path: Path, part: int) -> tuple[mmap.mmap, Part]:
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Of a file: which one it is and when it was written to."""
+
+    inode: tuple[int, int]
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        return cls((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
+
+
+def open_part(path: Path, part: int) -> tuple[mmap.mmap, Part, Version]:
     """Map one file and check it."""
     label = quoted(path.name)
     try:
@@ -150,7 +186,7 @@ def open_part(path: Path, part: int) -> tuple[mmap.mmap, Part]:
         raise InvalidModelFile(f"{label}: cannot be read: {error.strerror}") from None
     finally:
         os.close(descriptor)
-    return mapping, parse(mapping, len(mapping), label, part)
+    return mapping, parse(mapping, len(mapping), label, part), Version.of(status)
 
 
 def other_parts(path: Path, metadata: Metadata) -> list[Path]:

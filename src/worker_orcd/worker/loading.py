@@ -23,11 +23,12 @@ from worker_orcd.gguf.reader import GGUFFile
 from worker_orcd.hub import Progress
 from worker_orcd.kernels.backend import Backend
 from worker_orcd.kernels.memory import Held
+from worker_orcd.kernels.pages import WatchedPages
 from worker_orcd.kernels.select import OnCompile, select_backend
 from worker_orcd.model.architectures import configure
 from worker_orcd.model.config import ModelConfig
 from worker_orcd.model.decoder import Decoder
-from worker_orcd.model.weights import load_weights
+from worker_orcd.model.weights import Weights, load_weights
 from worker_orcd.narration import Narration
 from worker_orcd.runner.measure import seal, settled
 from worker_orcd.runner.plan import MemoryPlan, make_plan, tensor_bytes
@@ -125,12 +126,7 @@ def load(
         for note in plan.notes:
             warn(note)
 
-        def on_weights(fraction: float) -> None:
-            words.raise_what_failed()
-            report("loading weights", int(fraction * file.file_bytes), file.file_bytes)
-
-        forget = backend.displaces_files(plan.weights_bytes)
-        weights = load_weights(file, model, backend, on_weights, forget=forget)
+        weights = _load_weights(file, model, backend, plan, words, report)
         weighed = clock.lap()
         named = replace(model, name=_model_id(path))
         plan = settled(plan, named, weights, backend, config.engine, config.device)
@@ -161,6 +157,26 @@ def load(
             resolve=resolved, read=read, tokenizer=clock.lap(), weights=weighed, compile=compiled
         ),
     )
+
+
+def _load_weights(
+    file: GGUFFile,
+    model: ModelConfig,
+    backend: Backend,
+    plan: MemoryPlan,
+    words: BackgroundWords,
+    report: Progress,
+) -> Weights:
+    """Of the file as it was when it was opened: where that cannot be had, there are none."""
+    with WatchedPages(file) as pages:
+
+        def on_weights(fraction: float) -> None:
+            words.raise_what_failed()
+            pages.check()
+            report("loading weights", int(fraction * file.file_bytes), file.file_bytes)
+
+        forget = backend.displaces_files(plan.weights_bytes)
+        return load_weights(file, model, backend, on_weights, forget=forget)
 
 
 def plan_memory(file: GGUFFile, config: WorkerConfig) -> MemoryPlan:

@@ -58,6 +58,28 @@ def load_library(
     `compilers` are tried in order; the first one present is used. `cache` defaults to `cache_directory()`.
     `on_compile` is called before a compilation, which takes from seconds to a minute.
     """
+    made = _made(sources, cache, compilers)
+    if isinstance(made, Library):
+        return made
+    folder, compiler = made
+    if on_compile is not None:
+        on_compile()
+    return _compile_into(folder, compiler, sources)
+
+
+def find_library(
+    sources: Path = SOURCES, cache: Path | None = None, compilers: Sequence[str] = COMPILERS
+) -> Library | None:
+    """The native library, if it has been compiled already."""
+    try:
+        made = _made(sources, cache, compilers)
+    except LibraryUnavailable:
+        return None
+    return made if isinstance(made, Library) else None
+
+
+def _made(sources: Path, cache: Path | None, compilers: Sequence[str]) -> Library | tuple[Path, _Compiler]:
+    """The library that is there, or else where it would be kept and what would compile it."""
     source_hash = _source_hash(sources)
     shipped = sources / shipped_name(source_hash)
     if shipped.exists():
@@ -73,9 +95,7 @@ def load_library(
             kept.unlink()  # damaged
         except (OSError, LibraryUnavailable):
             continue  # somebody else removed it, or it cannot be loaded: compile it again
-    if on_compile is not None:
-        on_compile()
-    return _compile_into(folder, compiler, sources)
+    return folder, compiler
 
 
 def ship_library(folder: Path, sources: Path = SOURCES) -> Path:

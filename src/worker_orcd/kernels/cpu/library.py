@@ -12,7 +12,7 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, ClassVar
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class Kind(enum.IntEnum):
@@ -149,6 +149,9 @@ class Library:
         self._cache_block_bytes = function(
             "orcd_cache_block_bytes", c_int64, c_int32, c_int32, c_int32, c_int32
         )
+        self._watch_pages = function("orcd_watch_pages", c_int, c_void_p, c_int64)
+        self._pages_lost = function("orcd_pages_lost", c_int, c_int)
+        self._forget_pages = function("orcd_forget_pages", None, c_int)
         names = {*PLANNERS.values(), "orcd_plan_elementwise"}
         self._planners = {
             name: function(name, c_int, POINTER(Op), POINTER(Batch), POINTER(Task)) for name in names
@@ -192,6 +195,21 @@ class Library:
         """Bytes of a KV block of one layer; None if there is no such layout (block_size: 16, 32, …)."""
         size = self._cache_block_bytes(block_size, num_kv_heads, head_dim, cache_dtype)
         return None if size < 0 else size
+
+    def watch_pages(self, address: int, num_bytes: int) -> int | None:
+        """Pages there that cannot be read become zeros; the number of the range. None where there are too
+        many ranges.
+        """
+        number = self._watch_pages(address, num_bytes)
+        return None if number < 0 else number
+
+    def pages_lost(self, number: int) -> bool:
+        """Whether that has happened in this range."""
+        return self._pages_lost(number) != 0
+
+    def forget_pages(self, number: int) -> None:
+        """Before the range is unmapped."""
+        self._forget_pages(number)
 
     def plan(self, op: Op, batch: Batch) -> int:
         """What the planner of one operation says: the number of its tasks, or a negative error."""

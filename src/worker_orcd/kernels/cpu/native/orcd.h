@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ORCD_ABI_VERSION 3
+#define ORCD_ABI_VERSION 4
 
 /* The inputs of a step; kernels/backend.py BatchInputs says what each holds. */
 typedef struct {
@@ -128,6 +128,16 @@ int64_t orcd_packed_bytes(int32_t format, int64_t n, int64_t k);
 int orcd_pack(int32_t format, int64_t n, int64_t k, int64_t row0, int64_t rows, const uint8_t *src, void *dst);
 /* Dequantise packed row `row` to out[k]: exactly what quant/ gives. */
 int orcd_unpack_row(int32_t format, int64_t n, int64_t k, int64_t row, const void *packed, float *out);
+
+/* ---- pages.c ----------------------------------------------------------------------------------------------- */
+
+/* From now on, pages in [start, start + bytes) of a mapped file that cannot be read become zeros. The number of
+ * this range, or a negative error. */
+int orcd_watch_pages(const void *start, int64_t bytes);
+/* Whether that has happened in the range. */
+int orcd_pages_lost(int range);
+/* Before the range is unmapped. */
+void orcd_forget_pages(int range);
 
 /* ---- facts ----------------------------------------------------------------------------------------------------- */
 
