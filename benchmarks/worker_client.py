@@ -48,7 +48,7 @@ class WorkerProcess:
     """`worker-orcd serve` on a free port, ready when made. Use as a context manager."""
 
     def __init__(self, model: str, *options: str) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         command = [sys.executable, "-m", "worker_orcd", "serve", "--model", model, "--host", HOST]
         command += ["--port", str(self.port), "--narration", "json", *options]
@@ -120,7 +120,7 @@ class WorkerProcess:
         raise Wrong(f"the worker was not ready after {START_SECONDS:.0f} s:\n{self.log()}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]

@@ -175,14 +175,19 @@ def test_failing_steps_in_a_row_end_the_engine(bench: Bench):
     assert len(bench.failures) == 1
 
 
-def test_memory_that_runs_out_again_and_again_ends_jobs_and_not_the_engine(bench: Bench):
-    bench.before_wait = raises(OutOfMemory("none left"), times=99)
+@pytest.mark.parametrize("where", ["before_launch", "before_wait"])
+@pytest.mark.parametrize("error", [OutOfMemory("none left"), MemoryError()], ids=["device", "host"])
+def test_memory_that_runs_out_again_and_again_ends_jobs_and_not_the_engine(
+    bench: Bench, where: str, error: Exception
+):
+    setattr(bench, where, raises(error, times=99))
     for _ in range(5):
         assert bench.last(bench.submit([1, 2, 3], 2)).error_code == "VRAM_OOM"
-    bench.before_wait = lambda: None
+    setattr(bench, where, lambda: None)
     number = bench.submit([1, 2, 3], 5, min_tokens=5)
     bench.last(number)
     assert bench.tokens(number) == alone([1, 2, 3], 5, seed=number, min_tokens=5)
+    assert not [event for event in bench.events() if "exception" in event]
     assert not bench.failures and not bench.engine.snapshot.failed
 
 

@@ -291,6 +291,8 @@ class Engine:
 
     def _explain(self, error: Exception) -> EngineError:
         """What callers may know of a fault; the rest is narrated."""
+        if isinstance(error, MemoryError):  # the interpreter's own, wherever it was
+            error = OutOfMemory("there is not enough memory for the step")
         if isinstance(error, EngineError):
             self._narration.tell("error", f"A step failed: {error.message}.", code=error.code)
             return error
