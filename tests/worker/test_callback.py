@@ -157,3 +157,52 @@ def test_the_token_is_one_word(tmp_path: Path):
         assert "words" not in str(caught.value)
     with pytest.raises(InvalidConfiguration, match="cannot be read"):
         read_token(CallbackConfig(token_file=tmp_path))
+
+
+async def test_an_answer_a_byte_at_a_time_is_not_waited_for():
+    """Each byte comes within the time limit; all of them never do."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for byte in "HTTP/1.1 200 OK\\r\\nx: " + "y" * 400:
+                writer.write(byte.encode())
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        writer.close()
+
+    await announced(drip, r"no answer in time \(attempt 2\)")
+
+
+async def test_a_body_without_an_end_is_not_read():
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 X\r\ntransfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+                await writer.drain()
+        writer.close()
+
+    await announced(flood, r"it answered 503 \(attempt 2\)")
+
+
+async def announced(answer: Any, failure: str) -> None:
+    tasks: list[asyncio.Task[None]] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.append(asyncio.create_task(answer(reader, writer)))
+        await tasks[-1]
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    config = CallbackConfig(
+        url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", attempts=2, timeout_seconds=0.3
+    )
+
+    async def no_pause(_seconds: float) -> None: ...
+
+    async with asyncio.timeout(5):
+        with pytest.raises(Internal, match=failure):
+            await announce(config, None, BODY, Narration("json", stream=io.StringIO()), no_pause)
+        server.close()
+        await asyncio.gather(*tasks)

@@ -67,7 +67,7 @@ async def announce(
 
     async with httpx.AsyncClient(timeout=config.timeout_seconds, trust_env=False) as client:
         for attempt in range(1, config.attempts + 1):
-            problem, final = await _post(client, config.url, body, headers)
+            problem, final = await _post(client, config.url, body, headers, config.timeout_seconds)
             if problem is None:
                 narration.tell("ready", f"The callback to {where} was accepted.", attempt=attempt)
                 return
@@ -82,16 +82,23 @@ async def announce(
 
 
 async def _post(
-    client: httpx.AsyncClient, url: str, body: Mapping[str, object], headers: dict[str, str]
+    client: httpx.AsyncClient,
+    url: str,
+    body: Mapping[str, object],
+    headers: dict[str, str],
+    seconds: float,
 ) -> tuple[str | None, bool]:
-    """What went wrong, if anything, and whether trying again is pointless."""
+    """What went wrong, if anything, and whether trying again is pointless. Within `seconds`, whatever the
+    other side does: httpx's own limit is for every read, and a byte at a time is within it for ever.
+    """
     import httpx
 
     try:
-        response = await client.post(url, json=body, headers=headers)
+        async with asyncio.timeout(seconds), client.stream("POST", url, json=body, headers=headers) as response:
+            pass  # how it begins is all that counts; its body may have no end
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         return "it is not a URL that can be called", True
-    except httpx.TimeoutException:
+    except (httpx.TimeoutException, TimeoutError):
         return "no answer in time", False
     except httpx.HTTPError as error:
         return f"no connection ({type(error).__name__})", False
