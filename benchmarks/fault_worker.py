@@ -192,10 +192,12 @@ class FaultWorker:
 
     def require_one_sentence(self, code: str, *words: str) -> str:
         """The log has an error with this code and these words and no traceback; its sentence."""
-        errors = [event for event in self.events("error") if event.get("code") == code]
+        errors = [event["sentence"] for event in self.events("error") if event.get("code") == code]
+        start = f"error {code}: "  # what the command line finds before there is a worker
+        errors += [line.removeprefix(start) for line in self.log().splitlines() if line.startswith(start)]
         require(errors, f"no error {code} was told:\n{self.log()}")
         require("Traceback" not in self.log(), f"a traceback was told:\n{self.log()}")
-        sentence = str(errors[0]["sentence"])
+        sentence = str(errors[0])
         for word in words:
             require(word in sentence, f"the error does not say {word!r}: {sentence}")
         return sentence

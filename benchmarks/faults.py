@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import fault_engine
+import fault_files
+import fault_life
 from fault_worker import Bench, Row
 from worker_client import Wrong
 
@@ -29,6 +31,13 @@ CASES: dict[str, Case] = {
     "load-memory": fault_engine.load_memory,
     "step-memory": fault_engine.step_memory,
     "limit": fault_engine.limit,
+    "file": fault_files.file,
+    "disk": fault_files.disk,
+    "full": fault_files.full,
+    "signals": fault_life.signals,
+    "callback": fault_life.callback,
+    "reader": fault_life.reader,
+    "clock": fault_life.clock,
 }
 
 

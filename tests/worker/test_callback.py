@@ -165,7 +165,7 @@ async def test_an_answer_a_byte_at_a_time_is_not_waited_for():
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         with contextlib.suppress(ConnectionError):
-            for byte in "HTTP/1.1 200 OK\\r\\nx: " + "y" * 400:
+            for byte in "HTTP/1.1 200 OK\r\nx: " + "y" * 400:
                 writer.write(byte.encode())
                 await writer.drain()
                 await asyncio.sleep(0.02)

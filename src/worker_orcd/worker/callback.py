@@ -94,7 +94,10 @@ async def _post(
     import httpx
 
     try:
-        async with asyncio.timeout(seconds), client.stream("POST", url, json=body, headers=headers) as response:
+        async with (
+            asyncio.timeout(seconds),
+            client.stream("POST", url, json=body, headers=headers) as response,
+        ):
             pass  # how it begins is all that counts; its body may have no end
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         return "it is not a URL that can be called", True
