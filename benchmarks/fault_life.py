@@ -22,6 +22,10 @@ HOUR = 3600.0
 
 # -- signals -----------------------------------------------------------------------------------------------
 
+LOST = {  # by others than the worker
+    "streaming": "nothing: 4 streams finish, but for SIGKILL",
+    "draining": "4 streams, cut",
+}
 STAGES = ("starting", "listening", "loading", "ready", "streaming", "draining", "calling back")
 
 
@@ -29,10 +33,15 @@ async def signals(bench: Bench) -> list[Row]:
     """SIGTERM, SIGINT and SIGKILL at every stage; the next worker takes the same port at once."""
     rows: list[Row] = []
     port = free_port()
-    stages = ("loading", "streaming") if bench.quick else STAGES
-    for stage in stages:
+    for stage in ("loading", "streaming") if bench.quick else STAGES:
+        ends: list[str] = []
         for number in TOLD:
-            rows.append(await told_to_end(bench, port, stage, number))
+            code, seconds = await told_to_end(bench, port, stage, number)
+            until = f"exit {code}" if code >= 0 else "killed by it"
+            ends.append(f"{number.name}: {until}, {1000 * seconds:,.0f} ms")
+        fault = "a second signal while draining" if stage == "draining" else f"a signal while {stage}"
+        lost = LOST.get(stage, "nothing")
+        rows.append(Row(fault, "no process, file or port is left", None, "; ".join(ends), lost))
     with FaultWorker(bench, port=port) as worker:  # what the last one left does not keep it from serving
         worker.until_ready()
     return rows
@@ -47,9 +56,10 @@ def wanted(stage: str, number: signal.Signals) -> int:
     return 128 + number if stage == "draining" else 0  # there it is the second signal
 
 
-async def told_to_end(bench: Bench, port: int, stage: str, number: signal.Signals) -> Row:
+async def told_to_end(bench: Bench, port: int, stage: str, number: signal.Signals) -> tuple[int, float]:
+    """Exit code, and seconds to the end of the process."""
     options = ("--shutdown-grace-seconds", GRACE)
-    orders: dict[str, dict[str, Any]] = {"load": {"fraction": 0.3}} if stage == "loading" else {}
+    orders = {"load": {"fraction": 0.3}} if stage == "loading" else None
     async with silence() as url:
         if stage == "calling back":
             options += ("--callback-url", url, "--callback-timeout-seconds", "60")
@@ -57,7 +67,7 @@ async def told_to_end(bench: Bench, port: int, stage: str, number: signal.Signal
             return await at_stage(worker, stage, number)
 
 
-async def at_stage(worker: FaultWorker, stage: str, number: signal.Signals) -> Row:
+async def at_stage(worker: FaultWorker, stage: str, number: signal.Signals) -> tuple[int, float]:
     what = f"{number.name} while {stage}"
     async with Client(worker.port) as client:
         streams = await reach(worker, client, stage)
@@ -70,19 +80,14 @@ async def at_stage(worker: FaultWorker, stage: str, number: signal.Signals) -> R
             answer = parse_answer(await stream.response())
             require(answer.end, f"{what}: a stream ended with {answer.error}")
         worker.require_no_traces(children)
-    lost = "nothing"
-    if streams:
-        lost = f"nothing: {len(streams)} streams finish" if code == 0 else f"{len(streams)} streams, cut"
-    until = f"exit {code}" if code >= 0 else f"its end by {signal.Signals(-code).name}"
-    fault = f"{number.name} as the second signal" if stage == "draining" else what
-    return Row(fault, "ends; no process or file is left, the port is free", seconds, until, lost)
+    return code, seconds
 
 
 async def reach(worker: FaultWorker, client: Client, stage: str) -> list[Exchange]:
     """Wait for the stage; the streams that run then."""
     match stage:
         case "starting":
-            await asyncio.sleep(0.15)
+            worker.until(lambda: "pydantic_core" in worker.maps(), "importing")
         case "listening":
             worker.until_listening()
         case "loading":

@@ -36,16 +36,16 @@ SECONDS = 120.0  # that anything may take on a busy machine
 
 @dataclass(frozen=True)
 class Row:
-    """Of the table. `lost`: what others than the named job have lost."""
+    """Of the table."""
 
     fault: str
     happened: str
-    seconds: float | None  # to the next answer, or to the end of the process
+    seconds: float | None  # to the next answer, or to the end of the process; None where `until` says all
     until: str  # "answer" or "exit N"
-    lost: str
+    lost: str  # what others than the named job have lost
 
     def cells(self) -> tuple[str, str, str, str]:
-        took = "" if self.seconds is None else f"{1000 * self.seconds:,.0f} ms to {self.until}"
+        took = self.until if self.seconds is None else f"{1000 * self.seconds:,.0f} ms to {self.until}"
         return self.fault, self.happened, took, self.lost
 
 
@@ -171,6 +171,12 @@ class FaultWorker:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
             return self.get(path)[0] == 200
         return False
+
+    def maps(self) -> str:
+        """What is in its memory."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.process.pid}/maps").read_text()
+        return ""
 
     # -- how it ends ---------------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ import fault_life
 from fault_worker import Bench, Row
 from worker_client import Wrong
 
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+BEGIN, END = "<!-- benchmarks/faults.py --markdown -->", "<!-- end of the table -->"
+
 Case = Callable[[Bench], Awaitable[list[Row]]]
 CASES: dict[str, Case] = {
     "kernel": fault_engine.kernel,
@@ -77,12 +80,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"{name}: {wrong or 'kept'} ({time.monotonic() - begun:.1f} s)", file=sys.stderr, flush=True
             )
+    if args.markdown and not broken:
+        write_page(rows)
     if args.json:
         for row in rows:
             print(json.dumps(vars(row)))
     else:
         print("\n".join(table(rows)))
     return 1 if broken else 0
+
+
+def write_page(rows: Sequence[Row]) -> None:
+    """Put the table where the page says that it goes."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{PAGE.name} has no place for the table")
+    PAGE.write_text("\n".join([f"{head}{begin}", *table(rows), f"{end}{tail}"]), encoding="utf-8")
 
 
 def table(rows: Sequence[Row]) -> list[str]:
