@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import resource
 import signal
 import time
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fault_worker import POISON, Bench, FaultWorker, Innocents, Row
+from fault_worker import FROM_START, POISON, SECONDS, Bench, FaultWorker, Innocents, Row
 from worker_client import Answer, Client, Exchange, Wrong, parse_answer, require
 
 MOST_SITES = 2000
@@ -197,19 +198,21 @@ async def load_memory(bench: Bench) -> list[Row]:
     """Each allocation of loading fails once; the worker says so and ends with 1."""
     with FaultWorker(bench, orders={"allocate": {"at": 0}}) as worker:
         worker.until_ready()
-        count = int(worker.orders.told("allocate").read_text())
-    step = max(1, count // 4) if bench.quick else 1
-    places = range(1, count + 1, step)
-    longest = 0.0
-    for at in places:
-        with FaultWorker(bench, orders={"allocate": {"at": at}}) as worker:
-            code = await asyncio.to_thread(worker.exit_code)
-            longest = max(longest, time.monotonic() - worker.begun)
-            require(code == 1, f"allocation {at} of {count}: exit code {code}\n{worker.log()}")
-            worker.require_one_sentence("INSUFFICIENT_VRAM")
-    fault = f"an allocation fails while the model loads, each of {len(places)}"
-    told = "`INSUFFICIENT_VRAM` in a sentence"
-    return [Row(fault, told, longest, "exit 1, from the start of the process", "the start")]
+        count = json.loads(worker.orders.told("allocate").read_text())
+    with FaultWorker(bench, orders={"each": {"count": 5 if bench.quick else count}}) as worker:
+        await worker.ended(0.0, 10 * SECONDS)
+        codes: list[int] = json.loads(worker.orders.told("each").read_text())
+        for at, code in enumerate(codes, 1):
+            log = worker.orders.told(f"each-{at}").read_text()
+            require(code == 1, f"allocation {at} of {count}: exit code {code}\n{log}")
+            errors = [json.loads(line) for line in log.splitlines() if '"level": "error"' in line]
+            found = [error["code"] for error in errors]
+            require(found == ["INSUFFICIENT_VRAM"], f"allocation {at} of {count}: {found}\n{log}")
+            require("Traceback" not in log, f"allocation {at} of {count}: a traceback\n{log}")
+    with FaultWorker(bench, orders={"allocate": {"at": count // 2}}) as worker:
+        _code, seconds = await worker.ended(worker.begun)
+    fault = f"an allocation fails while the model loads, each of {len(codes)}"
+    return [Row(fault, "`INSUFFICIENT_VRAM` in a sentence", seconds, f"exit 1{FROM_START}", "the start")]
 
 
 async def step_memory(bench: Bench) -> list[Row]:

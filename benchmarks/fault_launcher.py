@@ -9,6 +9,7 @@ removed by the last. What the worker then makes of it is its own code.
 |---|---|---|
 | `load` | a report of loaded weights beyond `fraction` | waits until the order is taken away |
 | `allocate` | number `at` of the allocations of loading | raises MemoryError |
+| `each` | the beginning | a process for each `at` from 1 to `count`, forked when all is imported |
 | `launch`, `step` | launching a step; computing it | raises `error`, or hangs for `seconds` |
 | `site` | number `at` of the calls into C that a step makes in runner and kernels | raises MemoryError |
 | `row` | the draw of the sequence with seed `seed` | puts `value` among its logits |
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import sys
 import threading
 import time
@@ -145,6 +147,31 @@ def fail_allocations(orders: Orders) -> None:
         counting(name)
 
 
+def start_for_each(orders: Orders, command_line: Callable[[], None]) -> None:
+    """So that a start takes no seconds. The exit codes are told; what each says is in a file of its own."""
+    order = orders.standing("each")
+    if order is None:
+        return
+    from worker_orcd.worker import process  # noqa: F401 (for what it imports)
+    from worker_orcd.worker.ahead import import_torch
+
+    import_torch()
+    from worker_orcd.worker import loading  # noqa: F401 (likewise)
+
+    codes: list[int] = []
+    for at in range(1, order["count"] + 1):
+        child = os.fork()
+        if child == 0:
+            log = os.open(orders.told(f"each-{at}"), os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 2)
+            orders.write("allocate", {"at": at})
+            fail_allocations(orders)
+            command_line()
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    orders.write("each.told", codes)
+    sys.exit(0)
+
+
 # -- steps -------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +275,7 @@ def main() -> None:
         jump_wall_clock(orders)
     from worker_orcd.cli import main as command_line
 
+    start_for_each(orders, command_line)
     slow_down_loading(orders)
     fail_allocations(orders)
     fail_steps(orders)

@@ -31,6 +31,7 @@ from worker_orcd.synth import shape_named, write_model
 
 LAUNCHER = Path(__file__).with_name("fault_launcher.py")
 POISON = 500  # the token whose embedding is no number
+FROM_START = ", from the start of the process"
 SECONDS = 120.0  # that anything may take on a busy machine
 
 

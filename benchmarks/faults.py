@@ -48,7 +48,7 @@ async def run(name: str, bench: Bench) -> tuple[list[Row], str | None]:
     """The rows of a case, or what was broken."""
     try:
         return await CASES[name](bench), None
-    except (Wrong, TimeoutError) as error:
+    except (Wrong, OSError, ValueError) as error:  # TimeoutError is one of them; ValueError: no JSON
         return [], f"{type(error).__name__}: {error}"
 
 
@@ -77,9 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += found
             if wrong is not None:
                 broken[name] = wrong
-            print(
-                f"{name}: {wrong or 'kept'} ({time.monotonic() - begun:.1f} s)", file=sys.stderr, flush=True
-            )
+            words = f"{name}: {wrong or 'kept'} ({time.monotonic() - begun:.1f} s)"
+            print(words, file=sys.stderr, flush=True)
     if args.markdown and not broken:
         write_page(rows)
     if args.json:
