@@ -99,6 +99,7 @@ async def device(bench: Bench) -> list[Row]:
                     await client.start("POST", "/execute", {**VICTIM, "job_id": f"w{i}", "max_tokens": 9})
                     for i in range(4)
                 ]
+                await client.until(lambda health: health["waiting"] == 4, "four wait")
                 begun = time.monotonic()
                 worker.orders.write("step", order)
                 await ended_with(victims + waiting, code)

@@ -44,7 +44,7 @@ def _head(model: Path) -> Callable[[Path], None]:
 UNUSABLE = (
     ("the model's path is a directory", _directory, "is a directory"),
     ("the model's path is a pipe that nobody writes to", _pipe, "no such file"),
-    ("the model's file ends in its header", None, "bytes are left"),
+    ("the model's file ends in its header", None, "are left"),
 )
 SPOILT = (
     ("cut to nothing", lambda path: os.truncate(path, 0), WRITTEN),
