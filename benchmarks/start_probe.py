@@ -41,6 +41,9 @@ CALLS = {
     ("worker_orcd.kernels.cuda.compiler", "Kernels.compile_all"): "kernels read",
     ("worker_orcd.kernels.cuda.executor", "Executor.warm"): "kernels and graphs",
     ("worker_orcd.kernels.cuda.executor", "Executor._graph"): "a graph",
+    ("worker_orcd.kernels.cuda.step", "DrawingStep.warm"): "and graphs of many rounds",
+    ("worker_orcd.runner.measure", "settled"): "memory planned again",
+    ("worker_orcd.runner.measure", "seal"): "memory sealed",
     ("worker_orcd.runner.runner", "ModelRunner.__init__"): "model ready to compute",
 }
 SOURCES = "modules without bytecode"

@@ -28,14 +28,11 @@ class Launch:
     kernel: Kernel
     capability: int
     calls: list[tuple[Grid, tuple[object, ...]]] = field(default_factory=list)
-    grid: Grid = (0, 0, 0)
+    function: object = None
+    packed_metadata: object = None
 
-    def __getitem__(self, grid: Grid) -> Launch:
-        self.grid = grid
-        return self
-
-    def __call__(self, *arguments: object) -> None:
-        self.calls.append((self.grid, arguments))
+    def run(self, x: int, y: int, z: int, *arguments: object) -> None:
+        self.calls.append(((x, y, z), arguments[6:]))  # behind what Triton is told of the launch
 
     def arguments(self, call: int = 0) -> dict[str, Any]:
         """By name; None for compile-time parameters is not among them."""

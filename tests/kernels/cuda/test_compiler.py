@@ -30,12 +30,15 @@ def kernel(number: int = 0, **changes: Any) -> Kernel:
 class Compiled:
     """Takes the place of a compiled kernel: keeps what it was launched with."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel: Kernel, capability: int) -> None:
         self.kernel, self.capability = kernel, capability
         self.calls: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *arguments: self.calls.append((grid, *arguments))
+    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
+        assert arguments[:6] == (0, "function", "metadata", None, None, None)
+        self.calls.append(((x, y, z), *arguments[6:]))
 
 
 def test_a_kernel_is_compiled_once_and_launched_with_addresses() -> None:

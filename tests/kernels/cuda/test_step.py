@@ -34,6 +34,7 @@ class Parts:
         self.captured_of: list[list[str]] = []
         self.buckets = [Bucket(1, 1), Bucket(2, 2), Bucket(4, 4), Bucket(16, 16), Bucket(64, 16)]
         self._wanted, self._graphs = wanted, graphs
+        self.forgot_after = -1  # captures
 
     # executor
     def start(self, counts: Counts) -> torch.Tensor:
@@ -62,6 +63,9 @@ class Parts:
 
     def warm(self, on_progress: object, launch_more: object) -> None:
         self.queue.clear()
+
+    def forget_launches(self) -> None:
+        self.forgot_after = len(self.captured_of)
 
     # sampler
     def prepare(self, draws: list[Any]) -> Wanted:
@@ -122,6 +126,7 @@ def test_eight_rounds_of_few_rows_are_captured_plain_and_filtered() -> None:
     assert parts.captured_of == [
         rounds("kernels", rows, MAX_DRAWS, end) for rows in (1, 2, 4) for end in ("", " filtered")
     ]
+    assert parts.forgot_after == len(parts.captured_of)
 
 
 @pytest.mark.parametrize(("rows", "wanted", "burst"), [(1, PLAIN, 0), (1, FILTERED, 1), (4, PLAIN, 4)])

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from worker_orcd.kernels.cuda.recorded import Box, Launched, starter
+
 Grid = tuple[int, int, int]
 
 
@@ -65,21 +67,6 @@ class Kernel:
             for index, (name, kind) in enumerate(self.arguments)
             if (kind.startswith("*") and name not in self.loose) or name in self.aligned
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A matrix of 16-bit numbers, of which a kernel moves `rows` x 64 at a time."""
-
-    matrix: torch.Tensor
-    rows: int
-
-    def descriptor(self) -> Any:
-        """What a launch is given."""
-        layouts = importlib.import_module("triton.experimental.gluon.language._layouts")
-        hopper = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
-        layout = layouts.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        return hopper.TensorDescriptor.from_tensor(self.matrix, [self.rows, 64], layout)
 
 
 Argument = torch.Tensor | Box | int | float
@@ -163,7 +150,7 @@ class Kernels:
         self.overlap = overlap if capability >= 90 else NO_OVERLAP
         self._compile = compile
         self._compiled: dict[Kernel, Any] = {}
-        self._collected: dict[Kernel, None] | None = None  # while `collect` runs
+        self._written: list[Launched] | None = None  # while `written_down` runs
 
     @property
     def multiprocessors(self) -> int:
@@ -191,15 +178,18 @@ class Kernels:
             found = self._compiled[kernel] = self._compile(kernel, self.capability)
         return found
 
-    def collect(self, work: Callable[[], None]) -> list[Kernel]:
-        """What `work` would launch, each once, in order. Nothing is launched, or compiled."""
-        found: dict[Kernel, None] = {}
-        self._collected = found
+    def written_down(self, work: Callable[[], object]) -> list[Launched]:
+        """What `work` would launch, in order. Nothing is launched, or compiled."""
+        before, self._written = self._written, []
         try:
             work()
+            return self._written
         finally:
-            self._collected = None
-        return list(found)
+            self._written = before
+
+    def collect(self, work: Callable[[], object]) -> list[Kernel]:
+        """The kernels that `work` would launch, each once, in order."""
+        return list(dict.fromkeys(one.kernel for one in self.written_down(work)))
 
     def compile_all(self, kernels: Sequence[Kernel], on_progress: Callable[[int, int], None]) -> None:
         """Make all of them ready. `on_progress(done, all)`.
@@ -244,21 +234,28 @@ class Kernels:
 
         They start at multiples of 16 bytes, but for the kernel's `loose` ones.
         """
-        if len(arguments) != len(kernel.arguments):
-            raise ValueError(
-                f"{kernel.function} takes {len(kernel.arguments)} arguments, not {len(arguments)}"
-            )
-        if self._collected is not None:
-            self._collected[kernel] = None
+        values = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
+        if len(values) != len(kernel.arguments):
+            raise ValueError(f"{kernel.function} takes {len(kernel.arguments)} arguments, not {len(values)}")
+        self.repeat([Launched(kernel, grid, values)])
+
+    def repeat(self, launches: Sequence[Launched]) -> None:
+        """Make launches that were written down, once more."""
+        if self._written is not None:
+            self._written += launches
             return
-        values = [_value(one) for one in arguments]
-        self.compiled(kernel)[grid](*values, *[None] * len(kernel.constants))
+        stream = self._stream()
+        for one in launches:
+            if one.start is None:
+                one.start = starter(self.compiled(one.kernel), one)
+            one.start(stream)
 
-
-def _value(argument: Argument) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    return argument.descriptor() if isinstance(argument, Box) else argument
+    def _stream(self) -> int:
+        """The current one of the current device, as the driver knows it."""
+        if self.device.type != "cuda":
+            return 0
+        inside: Any = torch  # what Triton asks too; torch's own way takes ten times as long
+        return inside._C._cuda_getCurrentRawStream(inside._C._cuda_getDevice())
 
 
 def _compile_for_cache(compiler: Compile, kernel: Kernel, capability: int) -> None:

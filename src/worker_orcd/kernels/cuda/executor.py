@@ -64,6 +64,7 @@ class Arena:
         offsets, size = placement.place(lifetimes)
         self._offsets = dict(zip(first, offsets, strict=True))
         self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -73,9 +74,16 @@ class Arena:
         """(rows of the bucket, width), rows `row_bytes` apart."""
         buffer = value.buffer
         rows = bucket.tokens if value.rows is Rows.TOKENS else bucket.logits
-        start, stride = self._offsets[buffer], row_bytes(buffer)
-        whole = self._memory[start : start + rows * stride].view(buffer.dtype).view(rows, -1)
-        return whole[:, value.column : value.column + value.width]
+        memory, size = self._memory_as(buffer.dtype), buffer.dtype.itemsize
+        start = self._offsets[buffer] // size + value.column
+        return memory.as_strided((rows, value.width), (row_bytes(buffer) // size, 1), start)
+
+    def _memory_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of it."""
+        found = self._typed.get(dtype)
+        if found is None:
+            found = self._typed[dtype] = self._memory.view(dtype)
+        return found
 
 
 def row_bytes(buffer: Buffer) -> int:
@@ -175,8 +183,11 @@ class Executor:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             work()
-        self._launches.clear()
         return graph
+
+    def forget_launches(self) -> None:
+        """All that can be captured has been: there are some thousand launches in it."""
+        self._launches.clear()
 
     def warm(
         self,

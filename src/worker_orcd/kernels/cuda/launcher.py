@@ -36,6 +36,7 @@ from worker_orcd.kernels.cuda.program import (
     Scale,
     Take,
 )
+from worker_orcd.kernels.cuda.recorded import Recorded
 from worker_orcd.kernels.cuda.weights import PackedMatrix
 
 
@@ -51,7 +52,7 @@ class KernelLauncher:
         drawn: torch.Tensor | None,
     ) -> None:
         """`drawn`: the tokens that the step before drew, for negative ids (`runner.batch`)."""
-        self._inputs, self._drawn = inputs, drawn
+        self._kernels, self._inputs, self._drawn = kernels, inputs, drawn
         self._operations, self._products = Operations(kernels), Products(kernels)
         caches = {one.cache.tensor.dtype for one in operations if isinstance(one, Attend)}
         (cache,) = caches or {torch.float16}
@@ -72,9 +73,14 @@ class KernelLauncher:
                 self._tables[rotating.rope] = rope_table(rotating.rope, positions, kernels.device)
 
     def prepare(self, bucket: Bucket) -> Sequence[Launch]:
-        return self._attention.plans(self._inputs, bucket.tokens)
+        plans = self._attention.plans(self._inputs, bucket.tokens)
+        return [Recorded(self._kernels, plan) for plan in plans]
 
     def launch(self, operation: Operation, view: View, bucket: Bucket) -> Launch:
+        """Products with experts follow what they are routed by, and are called in that order too."""
+        return Recorded(self._kernels, self._launch(operation, view, bucket))
+
+    def _launch(self, operation: Operation, view: View, bucket: Bucket) -> Launch:
         match operation:
             case Linear():
                 return self._linear(operation, view, bucket)

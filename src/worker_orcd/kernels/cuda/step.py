@@ -38,6 +38,7 @@ class CudaStep:
     def warm(self, on_progress: Callable[[int, int], None]) -> None:
         """Compile every kernel and capture every graph. `on_progress(done, all)`."""
         self.executor.warm(on_progress)
+        self.executor.forget_launches()
 
     def __call__(self, counts: Counts) -> torch.Tensor:
         if self._device.type != "cuda":
@@ -86,6 +87,7 @@ class DrawingStep(CudaStep):
                 graph = self.executor.captured(work)
                 if graph is not None:
                     self._bursts[rows, wanted] = graph
+        self.executor.forget_launches()
 
     def launch(self, counts: Counts, draws: Iterable[Draw | None]) -> Callable[[], Sequence[RowResult]]:
         with on_device(self._device):

@@ -29,6 +29,7 @@ def can_stream(capability: int) -> bool:
         return False
 
 
+@cache  # layers are alike, and a start asks for all of them
 def tile_for(shape: Shape, n: int, tokens: int, capability: int = 90) -> Tile:
     """The tile for a step of `tokens`: `variants.choose_tile`'s, or one that has `ahead`."""
     tile = stream_tile(shape, n) if tokens == 1 and can_stream(capability) else None

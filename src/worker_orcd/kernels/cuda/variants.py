@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from worker_orcd.kernels.backend import Glu
@@ -185,6 +186,9 @@ class Variant:
         return arguments
 
     def kernel(self) -> Kernel:
+        return _kernel_of(self)
+
+    def make_kernel(self) -> Kernel:
         arguments = self._arguments()
         if self.tile.ahead:
             return self._streamed(arguments)
@@ -224,6 +228,11 @@ class Variant:
             fused=self.epilogue.fused,
             gluon=True,
         )
+
+
+@cache  # layers are alike, and a start asks for all of them
+def _kernel_of(variant: Variant) -> Kernel:
+    return variant.make_kernel()
 
 
 def shape_of(format_name: str, n: int, k: int, step: int = 0) -> Shape:
