@@ -30,6 +30,7 @@ MAX_EXPONENT = 128  # of MXFP4's bytes: scales up to 2. Beyond, bfloat16 cannot 
 
 _ZEROS = {"Q4_0": 8, "Q5_0": 16}  # formats that Q8_0 holds, a scale and 32 codes too; the code of zero
 _SMALL = 1 << 22  # weights
+_HALF = 16  # weights of a block of theirs
 
 _WORDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -127,13 +128,18 @@ def alike(parts: Sequence[Matrix]) -> Sequence[Matrix]:
 
 def as_q8_0(matrix: Matrix) -> Matrix:
     """The same weights, bit for bit, in blocks of a scale and 32 bytes."""
-    layout = check(matrix)
-    size, count = matrix.format.type_size, len(layout.codes)
-    blocks = matrix.data.reshape(matrix.n, -1, size)
-    bits = np.unpackbits(blocks, axis=-1, bitorder="little")[..., layout.codes]
-    codes = np.packbits(bits, axis=-1, bitorder="little")[..., 0] - np.uint8(_ZEROS[matrix.format.name])
-    scales = blocks[..., : size - count * layout.codes.shape[1] // 8]
-    rows = np.concatenate([scales, codes], axis=-1).reshape(matrix.n, -1)
+    check(matrix)
+    blocks = matrix.data.reshape(matrix.n, -1, matrix.format.type_size)
+    halves = blocks[..., -_HALF:]  # of each byte the low bits of a code, and of that so many further on
+    rows = np.empty((*blocks.shape[:2], 2 + 2 * _HALF), np.uint8)
+    rows[..., :2] = blocks[..., :2]
+    codes = rows[..., 2:]
+    np.bitwise_and(halves, 15, out=codes[..., :_HALF])
+    np.right_shift(halves, 4, out=codes[..., _HALF:])
+    if matrix.format.name == "Q5_0":  # whose high bits stand between scale and halves
+        codes |= np.unpackbits(blocks[..., 2:-_HALF], axis=-1, bitorder="little") << np.uint8(4)
+    codes -= np.uint8(_ZEROS[matrix.format.name])
+    rows = rows.reshape(matrix.n, -1)
     return replace(matrix, format=BY_NAME["Q8_0"], data=rows)
 
 
