@@ -100,7 +100,7 @@ def _pack(
     bias: Sequence[NDArray[np.float32] | None],
     uploader: Uploader,
 ) -> PackedExperts:
-    layout, *_ = [check(part) for part in parts]
+    layout, *_ = [check(part, uploader.hands) for part in parts]
     first, n = parts[0], sum(part.n for part in parts)
     shape = expert_shape(first.format.name, n, first.k)
     rows = arrange([uploader.rows([part.data]) for part in parts], num_experts)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Matrix
+from worker_orcd.kernels.cuda.hands import Hands
 from worker_orcd.kernels.cuda.repack import repack
 from worker_orcd.kernels.cuda.variants import Shape, shape_of
 from worker_orcd.quant import BY_NAME
@@ -85,15 +86,18 @@ class CudaWeight:
         return part.weight
 
 
-def check(matrix: Matrix) -> GpuLayout:
-    """How the matrix will lie. Raises UnsupportedFormat where the backend cannot compute with it."""
+def check(matrix: Matrix, hands: Hands | None = None) -> GpuLayout:
+    """How the matrix will lie. Raises UnsupportedFormat where the backend cannot compute with it.
+
+    `hands`: who reads what must be read of it for that.
+    """
     layout = matrix.format.gpu
     if layout is None:
         raise UnsupportedFormat(
             f"{matrix.name} is {matrix.format.name}; the CUDA backend has no kernel for it"
         )
     if matrix.format.name == "MXFP4":
-        largest = int(matrix.data.reshape(-1, matrix.format.type_size)[:, 0].max(initial=0))
+        largest = (hands or Hands(1)).largest(matrix.data.reshape(-1, matrix.format.type_size), 0)
         if largest > MAX_EXPONENT:
             raise UnsupportedFormat(
                 f"{matrix.name} has a block with scale exponent {largest}; the CUDA backend computes with at"
@@ -184,9 +188,11 @@ class Uploader:
         self._staging = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
+        self.hands = Hands()
 
     def close(self) -> None:
         self._staging = []
+        self.hands.close()
 
     def weight(
         self,
@@ -228,7 +234,7 @@ class Uploader:
 
         Raises UnsupportedFormat.
         """
-        layouts = [check(part) for part in parts]
+        layouts = [check(part, self.hands) for part in parts]
         first, n = parts[0], sum(part.n for part in parts)
         shape = shape_of(first.format.name, n, first.k)
         layout = layouts[0]
@@ -261,7 +267,7 @@ class Uploader:
             staging, copied = self._staging[self._turn], self._copied[self._turn]
             if copied is not None:
                 copied.synchronize()
-            np.copyto(staging[: len(piece)].numpy(), piece)
+            self.hands.copy(piece, staging[: len(piece)].numpy())
             target[start : start + len(piece)].copy_(staging[: len(piece)], non_blocking=True)
             if self.device.type == "cuda":
                 copied = torch.cuda.Event()
