@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from worker_orcd.errors import Internal
 from worker_orcd.kernels.backend import Matrix
 from worker_orcd.kernels.cuda.contract import num_expert_chunks
-from worker_orcd.kernels.cuda.repack import repack
 from worker_orcd.kernels.cuda.variants import Shape
-from worker_orcd.kernels.cuda.weights import GROUP, PackedMatrix, Uploader, check, upload
+from worker_orcd.kernels.cuda.weights import GROUP, PackedMatrix, Uploader, check
 from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.gpu_layout import TILE
 
@@ -106,7 +105,7 @@ def _pack(
     rows = arrange([uploader.rows([part.data]) for part in parts], num_experts)
     size = layout.sections(len(rows), first.k, shape.step).size
     packed = torch.empty(size, dtype=torch.uint8, device=uploader.device)
-    repack(rows, layout, first.k, shape.step, packed)
+    matrix = uploader.packed(rows, shape, packed)
     joined = None
     if any(values is not None for values in bias):
         columns = [
@@ -119,7 +118,7 @@ def _pack(
         ]
         joined = alternate(columns).reshape(num_experts, n).to(uploader.device)
     return PackedExperts(
-        matrix=upload(shape, len(rows), packed),
+        matrix=matrix,
         num_experts=num_experts,
         n=n,
         paired=len(parts) == 2,

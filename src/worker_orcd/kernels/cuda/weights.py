@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from worker_orcd.errors import Internal, UnsupportedFormat
 from worker_orcd.kernels.backend import Matrix
 from worker_orcd.kernels.cuda.hands import Hands
-from worker_orcd.kernels.cuda.repack import repack
+from worker_orcd.kernels.cuda.repack import Places, places_of, repack
 from worker_orcd.kernels.cuda.variants import Shape, shape_of
 from worker_orcd.quant import BY_NAME
 from worker_orcd.quant.gpu_layout import TILE, GpuLayout
@@ -158,25 +158,38 @@ def alternate(rows: torch.Tensor, length: int = 0) -> torch.Tensor:
 
 
 def upload(
-    shape: Shape, n: int, packed: torch.Tensor, *, paired: bool = False, head: int = 0
+    shape: Shape,
+    n: int,
+    packed: torch.Tensor,
+    *,
+    paired: bool = False,
+    head: int = 0,
+    shifts: torch.Tensor | None = None,
 ) -> PackedMatrix:
-    """Views of a packed matrix in `packed`, uint8, wherever it lies: start aligned to 16 bytes."""
+    """Views of a packed matrix in `packed`, uint8, wherever it lies: start aligned to 16 bytes.
+
+    `shifts`: the format's, where they are known.
+    """
     layout = shape.layout
     sections = layout.sections(n, shape.k, shape.step)
     _, high, headers = sections.starts
     words = packed[:high].view(_WORDS.get(shape.format, torch.uint16))
-    row = torch.arange(TILE, device=packed.device)
-    shifts = torch.stack([row % layout.share * layout.high_bits, row % 2 * 16])
     return PackedMatrix(
         shape=shape,
         n=n,
         words=words,
         high=packed[high:headers].view(torch.uint16) if sections.high else words,
         headers=packed[headers : sections.size].view(torch.uint32) if sections.headers else words,
-        shifts=shifts.to(torch.uint16),
+        shifts=shifts_of(layout, packed.device) if shifts is None else shifts,
         paired=paired,
         head=head,
     )
+
+
+def shifts_of(layout: GpuLayout, device: torch.device) -> torch.Tensor:
+    """`PackedMatrix.shifts`."""
+    row = torch.arange(TILE, device=device)
+    return torch.stack([row % layout.share * layout.high_bits, row % 2 * 16]).to(torch.uint16)
 
 
 class Uploader:
@@ -189,9 +202,12 @@ class Uploader:
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
         self.hands = Hands()
+        self._places: dict[str, Places] = {}  # by format
+        self._shifts: dict[str, torch.Tensor] = {}  # likewise
 
     def close(self) -> None:
         self._staging = []
+        self._places, self._shifts = {}, {}
         self.hands.close()
 
     def weight(
@@ -244,8 +260,18 @@ class Uploader:
         rows = self.rows([part.data for part in parts])
         if paired or head:
             rows = alternate(rows, head)
-        repack(rows, layout, first.k, shape.step, packed)
-        return upload(shape, n, packed, paired=paired, head=head)
+        return self.packed(rows, shape, packed, paired=paired, head=head)
+
+    def packed(
+        self, rows: torch.Tensor, shape: Shape, out: torch.Tensor, *, paired: bool = False, head: int = 0
+    ) -> PackedMatrix:
+        """Rows as the file has them, on the device, packed into `out`."""
+        name, layout = shape.format, shape.layout
+        if name not in self._places:
+            self._places[name] = places_of(layout, self.device)
+            self._shifts[name] = shifts_of(layout, self.device)
+        repack(rows, layout, shape.k, shape.step, out, self._places[name])
+        return upload(shape, len(rows), out, paired=paired, head=head, shifts=self._shifts[name])
 
     def rows(self, arrays: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
         """Arrays of equally long rows, one below the other, on the device."""
