@@ -161,12 +161,12 @@ class Round:
 # -- others ------------------------------------------------------------------------------------------------
 
 
-async def send_nonsense(client: Client, context_length: int) -> int:
-    """Requests that are refused, each with the right status. The number of them."""
+def nonsense(context_length: int) -> list[tuple[str, str, object, int, str]]:
+    """Requests that must be refused: method, path, body, the right status, a word of the message."""
     good = {"job_id": "nonsense", "prompt": "Hello", "max_tokens": 4}
     too_long = {**good, "prompt": "rain " * (context_length + 10)}
     chat = {"model": "default", "messages": [{"role": "user", "content": "Hi"}]}
-    cases: list[tuple[str, str, object, int, str]] = [
+    return [
         ("POST", "/execute", b'{"job_id": "x", "prompt": ', 400, "JSON"),
         ("POST", "/execute", b"\xff\xfe{}", 400, ""),
         ("POST", "/execute", b"", 400, "empty"),
@@ -182,6 +182,11 @@ async def send_nonsense(client: Client, context_length: int) -> int:
         ("GET", "/execute", None, 405, ""),
         ("POST", "/nowhere", {}, 404, ""),
     ]
+
+
+async def send_nonsense(client: Client, context_length: int) -> int:
+    """Requests that are refused, each with the right status. The number of them."""
+    cases = nonsense(context_length)
     for method, path, body, status, word in cases:
         response = await client.fetch(method, path, body)
         told = response.body.decode()

@@ -204,6 +204,16 @@ class Exchange(asyncio.Protocol):
         self.transport.abort()  # type: ignore[union-attr]
 
 
+def encode_request(port: int, method: str, path: str, body: object = None, **headers: str) -> bytes:
+    """A request after which the connection is closed. In the names of headers `_` stands for `-`."""
+    content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    told = {"Host": f"{HOST}:{port}", "Connection": "close", "Content-Type": "application/json"}
+    told |= {"Content-Length": str(len(content))}
+    told |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
 class Client:
     """Sends requests to a worker: each on a connection of its own, but /health on a lasting one."""
 
@@ -223,13 +233,12 @@ class Client:
         self, method: str, path: str, body: object = None, *, mark: bytes = b"event: token"
     ) -> Exchange:
         """Send a request. `body` is JSON, or bytes that are sent as they are."""
-        content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        return await self.send(encode_request(self.port, method, path, body), mark=mark)
+
+    async def send(self, request: bytes, *, mark: bytes = b"event: token") -> Exchange:
+        """Connect, and send bytes as they are."""
         loop = asyncio.get_running_loop()
-        _, exchange = await loop.create_connection(
-            lambda: Exchange(head.encode() + content, mark), HOST, self.port
-        )
+        _, exchange = await loop.create_connection(lambda: Exchange(request, mark), HOST, self.port)
         return exchange
 
     async def fetch(self, method: str, path: str, body: object = None) -> Response:
