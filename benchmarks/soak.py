@@ -52,6 +52,7 @@ WARM_UP = 16  # texts at a time, so that every thread that the worker may start 
 OPTIONS = (  # little of everything, so that all of it runs out
     *("--max-num-seqs", "16", "--max-queue", "32", "--kv-cache-size-mb", "64"),
     *("--max-body-bytes", str(1 << 20), "--keep-alive-seconds", "1", "--shutdown-grace-seconds", "30"),
+    *("--gpu-poll-seconds", "0.5"),
 )
 TINY_OPTIONS = ("--kv-cache-size-mb", "4")
 LAST_ENDS_SECONDS = 900.0  # for what the clients have begun
@@ -228,7 +229,8 @@ async def soak(worker: WorkerProcess, args: argparse.Namespace, found: Found) ->
     found.broken += soak_verdict.too_calm(loaded, found.max_queue, found.ledger.counts["rejected"])
     found.broken += soak_verdict.leaks(at_start, at_end) + soak_verdict.left_open(before, after)
     found.broken += soak_verdict.growth(loaded, limits.rss_percent)
-    found.broken += soak_verdict.device_changes(loaded, is_gpu=at_start["sm"] is not None)
+    if at_start["sm"] is not None:  # it is a GPU
+        found.broken += soak_verdict.device_changes([at_start, at_end], loaded)
     found.broken += soak_verdict.slow_health(loaded, limits.health_p99_ms)
 
 

@@ -156,14 +156,15 @@ def growth(samples: Sequence[Sample], limit_percent: float) -> list[str]:
     return [f"resident memory changed by {percent:+.1f} %, at most {limit_percent:g} are allowed: {told} MiB"]
 
 
-def device_changes(samples: Sequence[Sample], *, is_gpu: bool) -> list[str]:
-    """Device memory stays as it is, to the byte."""
-    if not is_gpu:
-        return []
+def device_changes(bodies: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> list[str]:
+    """Device memory stays as it is, to the byte, from the bodies of /health before and after to the samples
+    between them. The driver counts what everybody takes: nobody else may use the GPU.
+    """
     found: list[str] = []
-    for name, who in (("device_bytes", "the worker"), ("gpu_bytes", "the driver")):
-        values = {getattr(sample, name) for sample in samples}
-        if None in values or not values:
+    told = [(body["vram_bytes_used"], body["gpu"].get("memory_used_bytes")) for body in bodies]
+    told += [(sample.device_bytes, sample.gpu_bytes) for sample in samples]
+    for values, who in zip(map(set, zip(*told, strict=True)), ("the worker", "the driver"), strict=True):
+        if None in values:
             found.append(f"{who} does not tell how much device memory is taken")
         elif len(values) > 1:
             sizes = f"{min(values)} to {max(values)} bytes"

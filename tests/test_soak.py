@@ -172,15 +172,25 @@ def test_a_late_answer_counts_for_the_questions_that_it_kept_from_being_asked():
     assert with_late_ones(0.35) == pytest.approx([0.35, 0.25, 0.15, 0.05])
 
 
+def gpu_body(device: int, gpu: int | None) -> dict[str, Any]:
+    return {"vram_bytes_used": device, "gpu": {} if gpu is None else {"memory_used_bytes": gpu}}
+
+
 def test_device_memory_is_the_same_to_the_byte():
-    assert device_changes(samples(), is_gpu=True) == []
-    assert device_changes(samples(gpu_bytes=lambda _: None), is_gpu=False) == []
-    (told,) = device_changes(samples(gpu_bytes=lambda k: (9 << 30) + (k == 30)), is_gpu=True)
+    body = gpu_body(7 << 30, 9 << 30)
+    assert device_changes([body, body], samples()) == []
+    (told,) = device_changes([body], samples(gpu_bytes=lambda k: (9 << 30) + (k == 30)))
     assert told.startswith("the driver told of 2 sizes")
-    (told,) = device_changes(samples(device_bytes=lambda k: (7 << 30) + k), is_gpu=True)
+    (told,) = device_changes([body], samples(device_bytes=lambda k: (7 << 30) + k))
     assert told.startswith("the worker told of 50 sizes")
-    assert device_changes(samples(gpu_bytes=lambda _: None), is_gpu=True)
-    assert device_changes([], is_gpu=True)
+    (told,) = device_changes([body, gpu_body(7 << 30, (9 << 30) + 1)], samples())  # what only the end shows
+    assert told.startswith("the driver told of 2 sizes")
+
+
+def test_device_memory_that_nobody_tells_is_told():
+    (told,) = device_changes([gpu_body(7 << 30, None)], samples())
+    assert told == "the driver does not tell how much device memory is taken"
+    assert device_changes([gpu_body(7 << 30, 9 << 30)], samples(gpu_bytes=lambda _: None))
 
 
 IDLE: dict[str, Any] = {
