@@ -39,7 +39,6 @@ from typing import Any
 
 import soak_probe
 import soak_verdict
-from crowd_checks import until_idle
 from soak_asks import EXECUTE, Ask, Subject, make_subjects_jobs
 from soak_clients import Ledger, Town, run_clients
 from soak_probe import Sample, look
@@ -55,6 +54,7 @@ OPTIONS = (  # little of everything, so that all of it runs out
     *("--gpu-poll-seconds", "0.5"),
 )
 TINY_OPTIONS = ("--kv-cache-size-mb", "4")
+IDLE_SECONDS = 60.0  # after the last answer
 LAST_ENDS_SECONDS = 900.0  # for what the clients have begun
 CLIENT_NICENESS = 10  # they would be on other machines
 COUNTERS = ("worker_preemptions_total", "worker_tokens_in_total", "worker_tokens_generated_total")
@@ -78,11 +78,15 @@ class Found:
 
 
 async def idle_body(port: int) -> dict[str, Any]:
-    """/health of a worker that has nothing to do. Leaves no connection behind."""
+    """/health once the worker has nothing to do, or has not come to that. Leaves no connection behind."""
+    deadline = time.monotonic() + IDLE_SECONDS
     async with Client(port) as client:
-        body = await client.health()
-        await until_idle(client, body["kv_blocks_total"])
-        return await client.health()
+        while True:
+            body = await client.health()
+            is_idle = body["state"] == "ready" and body["kv_blocks_free"] == body["kv_blocks_total"]
+            if is_idle or time.monotonic() > deadline:
+                return body
+            await asyncio.sleep(0.05)
 
 
 async def settled_look(pid: int) -> soak_probe.Look:
@@ -192,46 +196,43 @@ async def load(worker: WorkerProcess, town: Town, found: Found, probe: asyncio.T
 
 async def soak(worker: WorkerProcess, args: argparse.Namespace, found: Found) -> None:
     """From the first job to the last look; what is wrong goes into `found.broken`."""
-    port, pid, limits = worker.port, worker.process.pid, limits_of(args)
+    port, ledger = worker.port, found.ledger
     began = time.monotonic()
     jobs = make_subjects_jobs(NUM_SUBJECTS)
-    subjects = await answers_alone(port, jobs, "alone", found.ledger)
+    subjects = await answers_alone(port, jobs, "alone", ledger)
     await warm_up(port)
     at_start = await idle_body(port)
     found.model, found.device, found.max_queue = at_start["model"], at_start["device"], at_start["max_queue"]
-    before = await settled_look(pid)
+    before = await settled_look(worker.process.pid)
     print(f"{found.model} on {found.device}: {len(jobs)} jobs alone in {time.monotonic() - began:.1f} s\n")
     os.nice(CLIENT_NICENESS)
     now = time.monotonic()
-    town = Town(
-        port,
-        args.seed,
-        args.clients,
-        subjects,
-        at_start["context_length"],
-        now,
-        now + args.seconds,
-        found.ledger,
-    )
-    loaded: list[Sample] = []
+    until, length = now + args.seconds, at_start["context_length"]
+    town = Town(port, args.seed, args.clients, subjects, length, now, until, ledger)
     async with probing(worker, found.samples) as probe:
         await load(worker, town, found, probe)
-        loaded += [one for one in found.samples if one.at <= found.samples[0].at + args.seconds]
+    if found.samples:  # without those of the time in which the last clients went
+        found.samples = [one for one in found.samples if one.at <= found.samples[0].at + args.seconds]
     at_end = await idle_body(port)
-    after = await settled_look(pid)
-    found.samples = loaded
-    for subject, again in zip(subjects, await answers_alone(port, jobs, "again", found.ledger), strict=True):
-        if subject.alone.outcome != again.alone.outcome:
-            found.broken.append("a job gives another answer alone than before the soak")
+    after = await settled_look(worker.process.pid)
+    again = await answers_alone(port, jobs, "again", ledger)
+    if [one.alone.outcome for one in again] != [one.alone.outcome for one in subjects]:
+        found.broken.append("a job gives another answer alone than before the soak")
     await idle_body(port)
     await read_metrics(port, found)
-    found.broken += soak_verdict.wrong_answers(found.ledger)
-    found.broken += soak_verdict.too_calm(loaded, found.max_queue, found.ledger.counts["rejected"])
     found.broken += soak_verdict.leaks(at_start, at_end) + soak_verdict.left_open(before, after)
-    found.broken += soak_verdict.growth(loaded, limits.rss_percent)
     if at_start["sm"] is not None:  # it is a GPU
-        found.broken += soak_verdict.device_changes([at_start, at_end], loaded)
-    found.broken += soak_verdict.slow_health(loaded, limits.health_p99_ms)
+        found.broken += soak_verdict.device_changes([at_start, at_end], found.samples)
+    judge(found, limits_of(args))
+
+
+def judge(found: Found, limits: Limits) -> None:
+    """What happened during the load."""
+    ledger, samples = found.ledger, found.samples
+    found.broken += soak_verdict.wrong_answers(ledger)
+    found.broken += soak_verdict.too_calm(samples, found.max_queue, ledger.counts["rejected"])
+    found.broken += soak_verdict.growth(samples, limits.rss_percent)
+    found.broken += soak_verdict.slow_health(samples, limits.health_p99_ms)
 
 
 # -- telling -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from soak_clients import ABSENT, Ledger
 from soak_probe import Look, Sample
 
 MIB = 1 << 20
-FEWEST_SAMPLES = 10  # two of each fifth
+FEWEST_SAMPLES = 5  # one of each fifth
 MOST_EXAMPLES = 5
 
 

@@ -153,7 +153,7 @@ def test_growing_memory_is_told(rss: Callable[[int], float], word: str):
 
 
 def test_too_few_samples_show_nothing():
-    assert growth(samples(9), 5)
+    assert growth(samples(4), 5)
 
 
 def test_slow_health_is_told_with_what_the_echo_took():
