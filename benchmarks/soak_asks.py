@@ -36,7 +36,7 @@ class Subject:
 
 
 def make_subjects_jobs(count: int) -> list[Job]:
-    """Half of them greedy. No token ids: not every vocabulary has them."""
+    """Greedy and not. No token ids: not every vocabulary has them."""
     jobs = make_jobs(2 * count, words=(4, 12, 40, 90), tokens=(4, 48), longest=96)
     return [job for job in jobs if "prompt_token_ids" not in job][:count]
 

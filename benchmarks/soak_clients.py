@@ -344,7 +344,8 @@ def garbage(port: int) -> list[tuple[str, bytes, set[int]]]:
         ("two Hosts", get + host + b"Connection: close\r\n\r\n", {400}),
         ("another Host", b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n", {403}),
         ("a header without a colon", get + b"nonsense\r\n\r\n", {400}),
-        ("large headers", get + b"X-A: " + b"a" * (80 << 10) + b"\r\n\r\n", {431}),
+        # Whoever is still sending when the connection is closed may lose the answer.
+        ("large headers", get + b"X-A: " + b"a" * (80 << 10) + b"\r\n\r\n", {0, 431}),
         ("no length", post(Content_Length="a lot"), {400}),
         ("a length of a gigabyte", post(Content_Length=str(10**9)), {413}),
         ("plain text", post(Content_Type="text/plain"), {415}),
