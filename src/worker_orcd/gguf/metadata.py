@@ -114,11 +114,9 @@ class Metadata:
         value = self._required(key, "an array of strings")
         if not isinstance(value, list):
             raise self._wrong(key, value, "an array of strings")
-        found: list[str] = []
-        for item in value:
-            if not isinstance(item, str):
-                raise self._wrong(key, value, "an array of strings")
-            found.append(item)
+        found = [item for item in value if isinstance(item, str)]
+        if len(found) < len(value):
+            raise self._wrong(key, value, "an array of strings")
         return found
 
     def integers(self, key: str) -> NDArray[np.int64]:

@@ -9,11 +9,14 @@ pre-tokenizers here do too, which the published vectors, all of them in that for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from worker_orcd.text.pretokenizers import PRE_TOKENIZERS
-from worker_orcd.text.vocabulary import TokenType, Vocabulary
+from worker_orcd.text.vocabulary import TokenType, Vocabulary, of_type
+
+_CODED = frozenset({TokenType.NORMAL, TokenType.UNUSED})  # are written in the byte alphabet
 
 
 def _alphabet() -> dict[int, int]:
@@ -33,25 +36,28 @@ def byte_level_bytes(tokens: Iterable[tuple[str, bool]]) -> list[bytes]:
     Text that is not, or against the declaration is not, stands for its own UTF-8.
     """
     alphabet = _alphabet()
-    found: list[bytes] = []
-    for text, coded in tokens:
-        try:
-            found.append(text.translate(alphabet).encode("latin-1") if coded else text.encode())
-        except UnicodeEncodeError:
-            found.append(text.encode())
-    return found
+    return [_stands_for(text, alphabet, coded=coded) for text, coded in tokens]
+
+
+def _stands_for(text: str, alphabet: dict[int, int], *, coded: bool) -> bytes:
+    try:
+        return text.translate(alphabet).encode("latin-1") if coded else text.encode()
+    except UnicodeEncodeError:
+        return text.encode()
 
 
 def build_bpe(vocabulary: Vocabulary) -> tuple[Tokenizer, Tokenizer]:
     """A tokenizer for text and one that also reads control tokens."""
     pre = PRE_TOKENIZERS[vocabulary.pre]
     model = models.BPE(
-        vocab={text: i for i, text in enumerate(vocabulary.tokens)},
+        vocab=dict(zip(vocabulary.tokens, range(len(vocabulary.tokens)), strict=True)),
         merges=list(vocabulary.merges),
         ignore_merges=pre.whole_words,
     )
-    user = [AddedToken(t, normalized=False) for t in of_type(vocabulary, TokenType.USER_DEFINED)]
-    control = [AddedToken(t, normalized=False) for t in of_type(vocabulary, TokenType.CONTROL)]
+    user, control = (
+        [AddedToken(vocabulary.tokens[i], normalized=False) for i in of_type(vocabulary.types, kind)]
+        for kind in (TokenType.USER_DEFINED, TokenType.CONTROL)
+    )
     built: list[Tokenizer] = []
     for special in ([], control):
         tokenizer = Tokenizer(model)  # both share the model
@@ -74,12 +80,21 @@ def add_tokens(
     tokenizer.add_special_tokens(list(control))  # pyright: ignore[reportUnknownMemberType]
 
 
-def bpe_bytes(vocabulary: Vocabulary) -> list[bytes]:
-    coded = {TokenType.NORMAL, TokenType.UNUSED}
-    return byte_level_bytes(
-        (text, kind in coded) for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-    )
+class BpeBytes(Sequence[bytes]):
+    """What each token of a vocabulary stands for, found out when it is asked for: most never are."""
 
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._tokens, self._types = vocabulary.tokens, vocabulary.types
+        self._alphabet = _alphabet()
 
-def of_type(vocabulary: Vocabulary, kind: TokenType) -> list[str]:
-    return [text for text, k in zip(vocabulary.tokens, vocabulary.types, strict=True) if k == kind]
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return _stands_for(self._tokens[index], self._alphabet, coded=self._types[index] in _CODED)

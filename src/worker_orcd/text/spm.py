@@ -12,8 +12,8 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from worker_orcd.errors import InvalidModelFile
-from worker_orcd.text.bpe import add_tokens, of_type
-from worker_orcd.text.vocabulary import BYTE_NAME, TokenType, Vocabulary
+from worker_orcd.text.bpe import add_tokens
+from worker_orcd.text.vocabulary import BYTE_NAME, TokenType, Vocabulary, of_type
 
 SPACE = "▁"
 _MAX_SPLITS = 1 << 26  # characters looked at to find the merges; Llama 2's vocabulary needs 1 million
@@ -60,7 +60,7 @@ def build_spm(vocabulary: Vocabulary) -> tuple[Tokenizer, Tokenizer]:
     user, control = (
         [
             AddedToken(t, normalized=False, rstrip=swallows and t not in _KEEPS_SPACE)
-            for t in of_type(vocabulary, k)
+            for t in (vocabulary.tokens[i] for i in of_type(vocabulary.types, k))
         ]
         for k in (TokenType.USER_DEFINED, TokenType.CONTROL)
     )

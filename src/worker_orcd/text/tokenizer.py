@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 
 from worker_orcd.errors import InvalidModelFile, InvalidParameter, WorkerError
 from worker_orcd.gguf.metadata import Metadata, quoted
-from worker_orcd.text.bpe import add_tokens, bpe_bytes, build_bpe
+from worker_orcd.text.bpe import BpeBytes, add_tokens, build_bpe
 from worker_orcd.text.hf_json import read_hf_json
 from worker_orcd.text.spm import build_spm, spm_bytes
 from worker_orcd.text.stream import Delta
@@ -29,6 +29,7 @@ from worker_orcd.text.vocabulary import (
     TokenType,
     Vocabulary,
     end_of_generation,
+    of_type,
     read_vocabulary,
     speaks_harmony,
 )
@@ -274,14 +275,14 @@ def _from_vocabulary(vocabulary: Vocabulary) -> Tokenizer:
     is_spm = vocabulary.model == "llama"
     plain, special = build_spm(vocabulary) if is_spm else build_bpe(vocabulary)
     added = special.get_added_tokens_decoder()  # a copy at each call
-    control = {i: added[i] for i, kind in enumerate(vocabulary.types) if kind == TokenType.CONTROL}
+    control = {i: added[i] for i in of_type(vocabulary.types, TokenType.CONTROL)}
     return Tokenizer(
         TokenizerParts(
             kind="gguf-bpe",
             plain=plain,
             special=special,
             control=control,
-            token_bytes=spm_bytes(vocabulary) if is_spm else bpe_bytes(vocabulary),
+            token_bytes=spm_bytes(vocabulary) if is_spm else BpeBytes(vocabulary),
             strips_leading_space=is_spm and vocabulary.adds_space_prefix,
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import add
 
 from worker_orcd.errors import InvalidModelFile, UnsupportedTokenizer
 from worker_orcd.gguf.metadata import Metadata, quoted
@@ -43,6 +44,7 @@ TURN_ENDS = (
 )
 # By which the messages of the Harmony format are told apart. All of them together are in no other vocabulary.
 _HARMONY = frozenset({"<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"})
+_NAMES = _HARMONY | {"<|constrain|>", *TURN_ENDS}
 _HARMONY_PRE = ("gpt-4o", "o200k")
 _MARKUP = "</s>"  # of HTML, too: a normal token of that text is one
 
@@ -76,6 +78,16 @@ class Vocabulary:
     adds_space_prefix: bool  # llama: text starts with a space that is not in it
     end_of_generation: frozenset[int]
     speaks_harmony: bool
+
+
+def of_type(types: Sequence[TokenType], kind: TokenType) -> list[int]:
+    """Their ids, in order."""
+    found: list[int] = []
+    start = 0
+    for _ in range(types.count(kind)):
+        found.append(types.index(kind, start))
+        start = found[-1] + 1
+    return found
 
 
 def end_of_generation(names: dict[str, int], ids: Sequence[int | None]) -> frozenset[int]:
@@ -119,7 +131,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     }
     ends = [declared["eos"], declared["eot"], declared["eom"]]
     types = _types(metadata, tokens, [declared["bos"], *ends])
-    names = {text: i for i, text in enumerate(tokens) if types[i] == TokenType.CONTROL}
+    names = {tokens[i]: i for i in of_type(types, TokenType.CONTROL)}
     if model == "gpt2":
         scores, merges, adds_bos = [], _merges(metadata, tokens), PRE_TOKENIZERS[pre].adds_bos
     else:
@@ -153,6 +165,15 @@ def _tokens(metadata: Metadata, architecture: str) -> list[str]:
         raise InvalidModelFile(
             f"{key} has {len(tokens)} tokens, but {quoted(architecture)}.vocab_size is {size}"
         )
+    distinct = set(tokens)
+    if len(distinct) < len(tokens) or "" in distinct or max(map(len, tokens)) > MAX_TOKEN_BYTES // 4:
+        _check_tokens(tokens)
+    return tokens
+
+
+def _check_tokens(tokens: list[str]) -> None:
+    """One by one, to name the first that is wrong; most vocabularies are found good all at once."""
+    key = "tokenizer.ggml.tokens"
     seen: set[str] = set()
     for i, text in enumerate(tokens):
         if not text:
@@ -162,7 +183,6 @@ def _tokens(metadata: Metadata, architecture: str) -> list[str]:
         if text in seen:
             raise InvalidModelFile(f"{key}: token {i}, {quoted(text)}, occurs twice")
         seen.add(text)
-    return tokens
 
 
 def _types(metadata: Metadata, tokens: list[str], declared: list[int | None]) -> list[TokenType]:
@@ -174,18 +194,20 @@ def _types(metadata: Metadata, tokens: list[str], declared: list[int | None]) ->
         if len(numbers) != len(tokens):
             raise InvalidModelFile(f"{key} has {len(numbers)} entries for {len(tokens)} tokens")
         known = {int(t): t for t in TokenType}
-        for i, number in enumerate(numbers):
-            if number not in known:
-                raise InvalidModelFile(f"{key}: token {i} has type {number}; known are 1 to {max(known)}")
+        if not known.keys() >= set(numbers):
+            i, number = next((i, number) for i, number in enumerate(numbers) if number not in known)
+            raise InvalidModelFile(f"{key}: token {i} has type {number}; known are 1 to {max(known)}")
         types = [known[number] for number in numbers]
-    harmony = {*_HARMONY, "<|constrain|>"} if _HARMONY.issubset(tokens) else set[str]()
-    for i, text in enumerate(tokens):
-        if types[i] == TokenType.BYTE and not BYTE_NAME.fullmatch(text):
+    for i in of_type(types, TokenType.BYTE):
+        if not BYTE_NAME.fullmatch(tokens[i]):
             raise InvalidModelFile(
-                f"tokenizer.ggml.tokens: token {i}, {quoted(text)}, is a byte, but not <0x00> to <0xFF>"
+                f"tokenizer.ggml.tokens: token {i}, {quoted(tokens[i])}, is a byte, but not <0x00> to <0xFF>"
             )
+    harmony = {*_HARMONY, "<|constrain|>"}
+    names = {text: i for i, text in enumerate(tokens) if text in _NAMES}
+    for text, i in names.items():
         is_end = text in TURN_ENDS and (types[i] != TokenType.NORMAL or text != _MARKUP)
-        if is_end or text in harmony:
+        if is_end or (text in harmony and names.keys() >= _HARMONY):
             types[i] = TokenType.CONTROL  # some converters lose it, and then a user could end the turn
     undeclared = {TokenType.USER_DEFINED, TokenType.UNUSED} if key in metadata else {TokenType.NORMAL}
     for i in declared:
@@ -207,13 +229,20 @@ def _merges(metadata: Metadata, tokens: list[str]) -> list[tuple[str, str]]:
     lines = metadata.strings(key)
     if len(lines) > MAX_MERGES:
         raise InvalidModelFile(f"{key} has {len(lines)} merges; allowed are up to {MAX_MERGES}")
-    vocabulary = set(tokens)
-    merges: dict[tuple[str, str], None] = {}  # an ordered set: of a repeated merge the first one counts
-    for i, line in enumerate(lines):
-        left, _, right = line.partition(" ")
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise InvalidModelFile(
-                f"{key}: merge {i}, {quoted(line)}, names a token that is not in tokenizer.ggml.tokens"
-            )
-        merges.setdefault((left, right))
-    return list(merges)
+    vocabulary, halves = set(tokens), [line.partition(" ") for line in lines]
+    lefts, rights = [left for left, _, _ in halves], [right for _, _, right in halves]
+    joined = map(add, lefts, rights)
+    if not all(vocabulary.issuperset(texts) for texts in (lefts, rights, joined)):
+        found = zip(lines, lefts, rights, strict=True)
+        i, line = next(
+            (i, line)
+            for i, (line, left, right) in enumerate(found)
+            if not vocabulary.issuperset((left, right, left + right))
+        )
+        raise InvalidModelFile(
+            f"{key}: merge {i}, {quoted(line)}, names a token that is not in tokenizer.ggml.tokens"
+        )
+    merges = zip(lefts, rights, strict=True)
+    if len(set(lines)) == len(lines):
+        return list(merges)
+    return list(dict.fromkeys(merges))  # of a repeated merge the first one counts
