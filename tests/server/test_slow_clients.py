@@ -323,3 +323,70 @@ async def test_nothing_is_upgraded(world, upgrade):
     async with world().listen() as port, connection(port, head + HOST + b"\r\n") as (reader, _):
         answer = await reader.readuntil(b"ok\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIA\r\n"
+WEBSOCKET = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+
+
+def told_in_pieces(data, size):
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+async def answer_of(reader):
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    return int(head.split()[1]), json.loads(await reader.readexactly(length))
+
+
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("size", [1, 7, 60, 10_000])
+async def test_who_offers_another_protocol_is_answered_in_this_one(world, offer, framing, size):
+    """As Java's HTTP client does with each request until it knows better. What follows is read as well."""
+    body = json.dumps({"prompt": "one two three"}).encode()
+    if framing == "length":
+        rest = b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    else:
+        rest = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    request = b"POST /tokenize HTTP/1.1\r\n" + JSON + offer + rest
+    plain = post("/tokenize", {"prompt": "one two three"})
+    async with world().listen() as port, connection(port) as (reader, writer):
+        answers = []
+        models = b"GET /v1/models HTTP/1.1\r\n" + HOST + offer + b"\r\n"
+        for data in (plain, request, models, request, plain):
+            for piece in told_in_pieces(data, size):
+                writer.write(piece)
+                await writer.drain()
+                if size > 1:
+                    await asyncio.sleep(0)
+            answers.append(await answer_of(reader))
+    assert [status for status, _ in answers] == [200] * 5
+    assert answers[0] == answers[1] == answers[3] == answers[4] != answers[2]
+
+
+@pytest.mark.parametrize(
+    ("framing", "status"),
+    [
+        (b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
+        (b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"Content-Length: 99999999999\r\n\r\n{", 413),
+    ],
+)
+async def test_an_offer_lets_nothing_through_that_is_refused_without_it(world, framing, status):
+    w = world()
+    request = b"POST /execute HTTP/1.1\r\n" + JSON + H2C + framing
+    async with w.listen() as port, connection(port, request) as (reader, _):
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+    assert int(head.split()[1]) == status
+    assert not w.engine.submitted
+
+
+async def test_what_stands_behind_connect_is_no_request(world):
+    w = world()
+    behind = post("/execute", {"job_id": "j", "prompt": "x"})
+    head = b"CONNECT 127.0.0.1:80 HTTP/1.1\r\n" + HOST + b"\r\n"
+    async with w.listen() as port, connection(port, head + behind) as (reader, _):
+        answer = await asyncio.wait_for(read_all(reader), 5)
+    assert answer.count(b"HTTP/1.1 ") == 1 and not w.engine.submitted

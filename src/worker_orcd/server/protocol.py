@@ -10,6 +10,8 @@ answer. Here:
   (which said no), here.
 * One request at a time: who sends more than that gets the answer to the first and `connection: close`.
   uvicorn would keep any number of requests behind one, and not notice that their client has gone.
+* Who offers another protocol (h2c, as Java's client does with every request) is answered in this one. The
+  parser thinks that what follows such a head is of that protocol, and uvicorn would lose the body.
 * What stands behind a chunked body (trailers) is no header: whoever looked at the headers did not see it.
 * There are only so many connections: files stay free for what the worker opens itself.
 """
@@ -21,6 +23,7 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -88,9 +91,38 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_deaf:
             return
         self._unparsed_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self._unparsed_bytes > self.max_head_bytes and not self.transport.is_closing():
             self._refuse_head()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            (position,) = upgrade.args
+            self._go_on_without_upgrade(data[position:])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """After a head that offers another protocol: a new parser is told how long the body is."""
+        if self.parser.get_method() == b"CONNECT":  # nothing that follows could be HTTP
+            self._is_deaf = True
+            self.cycle.keep_alive = False
+            return
+        framing = self._framing()
+        self.parser = _parser_of(_AfterHead(self) if framing else self)
+        if framing:
+            lines = b"".join(b"%b: %b\r\n" % header for header in framing)
+            self._feed(b"POST / HTTP/1.1\r\n" + lines + b"\r\n")
+        if rest:
+            self._unparsed_bytes = len(rest)
+            self._feed(rest)
+
+    def _framing(self) -> list[tuple[bytes, bytes]]:
+        """The headers of the request that say how long its body is, which the parser found good."""
+        return [header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
 
     def on_message_begin(self) -> None:
         if self._is_answering:
@@ -123,6 +155,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT" and self._framing():
+            return  # that is only its head: see `_go_on_without_upgrade`
         self._in_message = False
         self._head_bytes = self._unparsed_bytes = 0
         if self.cycle.response_complete:  # the timer was for the rest of its body
@@ -200,6 +234,41 @@ class BoundedProtocol(HttpToolsProtocol):
             + f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
         )
         self.transport.close()
+
+
+class _AfterHead:
+    """The callbacks of a parser that is first told a head which its protocol has seen already."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        self._protocol = protocol
+        self._in_old_head = True
+        self.on_body = protocol.on_body
+        self.on_message_complete = protocol.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if not self._in_old_head:
+            self._protocol.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._in_old_head:
+            self._protocol.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_old_head:
+            self._protocol.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._in_old_head:
+            self._in_old_head = False
+        else:
+            self._protocol.on_headers_complete()
+
+
+def _parser_of(callbacks: object) -> httptools.HttpRequestParser:
+    """As uvicorn makes it: what follows a request that ends its connection is for nobody."""
+    parser = httptools.HttpRequestParser(callbacks)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 class HttpPeer:
