@@ -337,6 +337,7 @@ class CudaBackend:
 
     def rehearse(self, forward: Forward, limits: Limits) -> Workspaces:
         """Raises as `compile` does."""
+        self._uploader.close()  # or what goes with it would count against what a step takes
         before = self.memory.allocated_bytes()
         try:
             step = self._build(forward, self.allocate_inputs(limits), limits)
